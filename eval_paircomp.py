@@ -1,0 +1,395 @@
+"""PairComp: does each prompt of a pair get its own detail? Generate pictures, let judges score them, summarise by category.
+
+    python eval_paircomp.py --run runs/tiny                                                  # the PairWorld benchmark
+    python eval_paircomp.py --run runs/tiny --policy pretrain                                # the same before PPO
+    python eval_paircomp.py --generate --run runs/tiny --prompts PairComp.json --images DIR  # X_Y_Z.png; goes on where it stopped
+    python eval_paircomp.py --score --images DIR --prompts PairComp.json --run runs/tiny --out scores.json
+    python eval_paircomp.py --summarize scores.json --prompts PairComp.json                  # the official table
+
+A pair has two prompts with K pictures each, so 2K scores in [0, 1]. s_a is their arithmetic mean and s_g their geometric mean,
+which one bad picture pulls down; both are averaged over a category's pairs, and `average` is the mean of the categories, whatever
+their sizes (official code: summary_scores.py). *Pair accuracy* needs no learned judge: the share of k for which the oracle sees
+picture k of either prompt carry its own side of the difference. Scores are 0..1 in files and x100 in tables.
+
+Shapes: P pairs, 2 prompts, K pictures a prompt, R prompts, H W picture.
+"""
+import argparse
+import io
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from einops import rearrange
+from tqdm import tqdm
+
+from data import ATTRIBUTES, CATEGORIES, IMAGE_SIZE, TextTokens, UserError, load_image, pairworld, read_caption, read_json, read_scene
+from model import ImageModel, ModelConfig, generate, pick_device
+from reward import JudgeConfig, NetworkJudge, OracleJudge, build_judge
+from tokenizer import VQConfig, VQModel, decode_ids, load_module, load_strictly, load_weights, save_weights, write_atomically
+
+OFFICIAL_NAMES = {"Overall appearance difference": "overall", "Color difference": "color", "Counting difference": "counting",
+                  "Position difference": "position", "Style & Tone difference": "style", "Text difference": "text"}
+PICTURES = 2                                                            # K of the official protocol
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The protocol's arithmetic
+
+def category_means(values, categories):
+    """values (P,), P categories -> {category: mean, ..., "average": mean of the means}, in the paper's order."""
+    values, categories = np.asarray(values, np.float64), np.asarray(categories)
+    means = {c: float(values[categories == c].mean()) for c in dict.fromkeys([*CATEGORIES, *categories.tolist()]) if c in categories}
+    return means | {"average": float(np.mean(list(means.values())))}
+
+
+def summarize(scores, categories):
+    """Scores (P, 4) or (P, 2, K) in 0..1, P categories -> {category: {"s_a", "s_g"}, ..., "average": {"s_a", "s_g"}}."""
+    scores = np.asarray(scores, np.float64).reshape(len(categories), -1)                                # (P, 2K)
+    s_a = category_means(scores.mean(1), categories)
+    s_g = category_means(scores.prod(1) ** (1 / scores.shape[1]), categories)
+    return {c: {"s_a": s_a[c], "s_g": s_g[c]} for c in s_a}
+
+
+def different_attributes(prompts):
+    """Two PairWorld captions -> for each, {attribute: index} of what it says otherwise than the other."""
+    one, two = map(read_caption, prompts)
+    sides = [{k: v for k, v in a.items() if b.get(k) != v} for a, b in ((one, two), (two, one))]
+    if not any(sides):
+        raise UserError(f"the two prompts of a pair say the same, so the oracle has nothing to tell apart: {prompts[0]!r}")
+    return sides
+
+
+def pair_accuracy(images, prompts):
+    """images (P, 2, K, H, W, 3) uint8, P tuples of two PairWorld captions -> (P,): the share of k for which the oracle reads the
+    attributes that the prompts differ in right off both pictures [p, 0, k] and [p, 1, k]."""
+    n_pairs, _, k = images.shape[:3]
+    found = read_scene(rearrange(images, "p i k h w c -> (p i k) h w c")).reshape(n_pairs, 2, k, -1)     # (P, 2, K, 10)
+    names, out = list(ATTRIBUTES), np.zeros(n_pairs)
+    for p, two in enumerate(prompts):
+        right = [found[p, i, :, names.index(name)] == value for i, side in enumerate(different_attributes(two)) for name, value in side.items()]
+        out[p] = np.all(right, 0).mean()
+    return out
+
+
+def paircomp(images, pairs, judges, pairworld=False):
+    """images (P, 2, K, H, W, 3) uint8, a PairSet, {name: judge} -> {name: summarize(...), ...}, and "pair_accuracy" {category: mean,
+    ..., "average"} where pairworld=True says that every prompt is a PairWorld caption."""
+    k = images.shape[2]
+    flat = rearrange(images, "p i k h w c -> (p i k) h w c")
+    prompts = [text for two in pairs.prompts for text in two for _ in range(k)]
+    report = {name: summarize(judge.score(flat, prompts).numpy(), pairs.categories) for name, judge in judges.items()}
+    if pairworld:
+        report["pair_accuracy"] = category_means(pair_accuracy(images, pairs.prompts), pairs.categories)
+    return report
+
+
+def divergence_auc(divergence, mask):
+    """How well D_t of `model.prompt_divergence` finds the true difference: the chance that a token inside the mask has a larger D_t
+    than one outside, ties counting half. Each row by itself, since the weights made of D_t are relative too.
+
+    divergence (B, N), mask (B, N) bool -> (B,) AUC, NaN where a row's mask is all or nothing."""
+    out = np.full(len(mask), np.nan)
+    for row, (d, inside) in enumerate(zip(np.asarray(divergence, np.float64), np.asarray(mask, bool))):
+        if inside.any() and not inside.all():
+            out[row] = np.sign(d[inside][:, None] - d[~inside]).mean() / 2 + 0.5
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def _lines(report):
+    """(label, {column: value}) for every line of a report."""
+    for name, summary in report.items():
+        if name == "pair_accuracy":
+            yield "pair accuracy", summary
+        elif name != "divergence_auc":
+            for key in ("s_a", "s_g"):
+                yield f"{name} {key}", {c: values[key] for c, values in summary.items()}
+
+
+def _table(rows):
+    """Rows of (label, {column: text}) under a heading of the columns."""
+    columns, width = list(rows[0][1]), max(len(label) for label, _ in rows)
+    lines = [" " * width + "".join(f"{c:>10}" for c in columns)]
+    return "\n".join(lines + [label.ljust(width) + "".join(f"{cells.get(c, ''):>10}" for c in columns) for label, cells in rows])
+
+
+def format_report(report):
+    """A report of `paircomp` -> the paper's table, x100."""
+    return _table([(label, {c: f"{100 * v:.1f}" for c, v in values.items()}) for label, values in _lines(report)])
+
+
+def format_before_after(base, ppo):
+    """Two reports -> a table, x100: for every judge's s_a and s_g and for pair accuracy the lines base, ppo and relative gain."""
+    rows, after = [], dict(_lines(ppo))
+    for label, before in _lines(base):
+        for policy, values in (("base", before), ("ppo", after[label])):
+            rows.append((f"{label:<14} {policy}", {c: f"{100 * v:.1f}" for c, v in values.items()}))
+        rows.append((f"{label:<14} gain", {c: f"{100 * (after[label][c] / v - 1):+.1f}%" if v else "-" for c, v in before.items()}))
+    return _table(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def read_benchmark(path):
+    """PairComp.json, a list of {category, caption1, caption2} -> (P tuples of two prompts, P short categories)."""
+    entries = read_json(path, "PairComp prompts")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: should hold a JSON list of pairs, found {type(entries).__name__ if entries else 'nothing in it'}")
+    for i, entry in enumerate(entries):
+        for key in ("category", "caption1", "caption2"):
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key]:
+                raise UserError(f"{path}: pair {i} has no {key!r}; a pair needs category, caption1 and caption2")
+        if entry["category"] not in OFFICIAL_NAMES:
+            raise UserError(f"{path}: pair {i} has category {entry['category']!r}; should be one of {', '.join(OFFICIAL_NAMES)}")
+    return [(e["caption1"], e["caption2"]) for e in entries], [OFFICIAL_NAMES[e["category"]] for e in entries]
+
+
+def some(problems, most=5):
+    """A list for an error message: the first few and how many there are."""
+    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more ({len(problems)} in all)" if len(problems) > most else "")
+
+
+def read_scores(path, n_pairs):
+    """The official score layout (DESIGN section 4) -> (P, 4) in the order (prompt, picture) 00 01 10 11. One UserError lists all
+    that is wrong: a mean over the scores that happen to be there would look like a result."""
+    entries = read_json(path, "PairComp scores")
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: should hold a JSON object of pair index -> four scores, found {type(entries).__name__}")
+    scores, known = np.full((n_pairs, 2, PICTURES), np.nan), {str(i): i for i in range(n_pairs)}
+    bad = [f"unexpected pair {key!r}, the prompts have 0..{n_pairs - 1}" for key in entries if key not in known]
+    for key, pair in known.items():
+        rows = entries.get(key)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            bad.append(f"pair {key}: {'missing' if rows is None else 'not a list of objects'}")
+            continue
+        if len(rows) != 2 * PICTURES:
+            bad.append(f"pair {key}: {len(rows)} scores, should be {2 * PICTURES}")
+        places = []
+        for row in rows:
+            place, score = (row.get("prompt_idx"), row.get("image_idx")), row.get("score")
+            if row.get("pair_idx") != pair or type(row["pair_idx"]) is not int:
+                bad.append(f"pair {key}: pair_idx is {row.get('pair_idx')!r}")
+            if not all(type(i) is int for i in place) or not (0 <= place[0] < 2 and 0 <= place[1] < PICTURES):
+                bad.append(f"pair {key}: (prompt_idx, image_idx) is {place}")
+                continue
+            if place in places:
+                bad.append(f"pair {key}: {place} is there twice")
+            places.append(place)
+            if type(score) not in (int, float) or not 0 <= score <= 1:                 # NaN fails the comparison
+                bad.append(f"pair {key}: score of {place} is {score!r}, should be in 0..1")
+            else:
+                scores[pair, place[0], place[1]] = score
+        bad += [f"pair {key}: {(i, k)} is missing" for i in range(2) for k in range(PICTURES) if (i, k) not in places]
+    if bad:
+        raise UserError(f"{path}: {some(bad)}")
+    return scores.reshape(n_pairs, -1)
+
+
+def write_json(path, value):
+    write_atomically(path, json.dumps(value, indent=1).encode())
+
+
+def load_policy(run, policy, device):
+    """A run folder, "pretrain" or "ppo" -> (tokenizer, model)."""
+    return (load_module(Path(run) / "tokenizer.safetensors", VQModel, VQConfig, device),
+            load_module(Path(run) / f"{policy}.safetensors", ImageModel, ModelConfig, device))
+
+
+def save_judges(path, networks):
+    """{"train": network, "heldout": network} -> one file."""
+    save_weights(path, {f"{name}.{k}": v for name, network in networks.items() for k, v in network.state_dict().items()},
+                 **{name: asdict(network.cfg) for name, network in networks.items()})
+
+
+def load_judges(run, device):
+    """A run folder -> {"train": the judge that gave the rewards, "heldout": the one that never did, "oracle": OracleJudge}."""
+    path, judges = Path(run) / "reward.safetensors", {}
+    tensors, metadata = load_weights(path)
+    for name in ("train", "heldout"):
+        own = {k: tensors.pop(k) for k in list(tensors) if k.startswith(name + ".")}
+        cfg = metadata.get(name) or {}
+        if set(cfg) != set(asdict(JudgeConfig())):
+            raise UserError(f"{path}: its metadata holds no config of the judge {name!r}; not a file of the reward stage")
+        network = load_strictly(build_judge(JudgeConfig(**cfg)), {k.removeprefix(name + "."): v for k, v in own.items()}, path)
+        judges[name] = NetworkJudge(network, device)
+    if tensors:
+        raise UserError(f"{path}: unexpected {some(list(tensors))}")
+    return judges | {"oracle": OracleJudge()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generating
+
+def image_chunks(model, vq, prompts, per_prompt, guidance, temperature, seed, batch=64, wanted=None):
+    """Pictures of the prompts, about `batch` at a time: yields (indices of the prompts, images (R, K, H, W, 3) uint8).
+
+    A chunk's generator is seeded by (seed, number of the chunk) alone, so that a chunk can be left out (wanted(indices) is False)
+    without a change in the others."""
+    device, text = model.embed_tokens.weight.device, TextTokens()
+    empty = torch.from_numpy(text.prompts([None], model.cfg.n_text)).to(device)
+    text.prompts(prompts, model.cfg.n_text)                             # one that is too long is told now, not half way
+    step = max(1, batch // per_prompt)
+    for chunk, start in enumerate(range(0, len(prompts), step)):
+        indices = range(start, min(start + step, len(prompts)))
+        if wanted and not wanted(indices):
+            continue
+        state = np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator(device).manual_seed(int(state >> 1))
+        ids = torch.from_numpy(text.prompts([prompts[i] for i in indices], model.cfg.n_text)).to(device)
+        tokens, _ = generate(model, ids, empty, per_prompt, guidance, temperature, generator)           # (R*K, N)
+        yield indices, rearrange(decode_ids(vq, tokens), "(r k) h w c -> r k h w c", k=per_prompt)
+
+
+@torch.no_grad()
+def generate_images(model, vq, prompts, per_prompt, guidance, temperature, seed, batch=64, progress=None):
+    """R prompts -> (R, per_prompt, H, W, 3) uint8. `progress` is called with the number of prompts just drawn (tqdm's update)."""
+    out = []
+    for indices, images in image_chunks(model, vq, prompts, per_prompt, guidance, temperature, seed, batch):
+        out.append(images)
+        if progress:
+            progress(len(indices))
+    return np.concatenate(out)
+
+
+def benchmark_pairs(n_per_category=20):
+    """The PairWorld benchmark: the same held-out pairs for every run -> PairSet."""
+    return pairworld(6 * n_per_category, "test", seed=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def image_path(folder, pair, prompt, picture):
+    return Path(folder) / f"{pair}_{prompt}_{picture}.png"
+
+
+def run_benchmark(args):
+    """Pictures of a policy for the PairWorld benchmark, judged: prints the table, writes RUN/paircomp_POLICY.json."""
+    device, pairs = pick_device(args.device), benchmark_pairs(args.n)
+    (vq, model), judges = load_policy(args.run, args.policy, device), load_judges(args.run, device)
+    prompts = [text for two in pairs.prompts for text in two]
+    with tqdm(total=len(prompts), desc="generate", unit="prompt") as bar:
+        images = generate_images(model, vq, prompts, PICTURES, args.guidance, args.temperature, args.seed, progress=bar.update)
+    report = paircomp(rearrange(images, "(p i) k h w c -> p i k h w c", i=2), pairs, judges, pairworld=True)
+    path = Path(args.run) / f"paircomp_{args.policy}.json"
+    write_json(path, report)
+    print(format_report(report), f"\nwritten to {path}")
+
+
+def run_generate(args):
+    """X_Y_Z.png for every pair X, prompt Y, picture Z that is not in the folder yet."""
+    two, _ = read_benchmark(args.prompts)
+    vq, model = load_policy(args.run, args.policy, pick_device(args.device))
+    try:
+        Path(args.images).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{args.images}: cannot be made a folder ({e.strerror})") from e
+    prompts = [text for texts in two for text in texts]
+    missing = {i: [k for k in range(PICTURES) if not image_path(args.images, i // 2, i % 2, k).exists()] for i in range(len(prompts))}
+    chunks = image_chunks(model, vq, prompts, PICTURES, args.guidance, args.temperature, args.seed,
+                          wanted=lambda indices: any(missing[i] for i in indices))
+    total = sum(map(len, missing.values()))
+    with tqdm(total=PICTURES * len(prompts), initial=PICTURES * len(prompts) - total, desc="generate", unit="picture") as bar:
+        for indices, images in chunks:
+            for i, pictures in zip(indices, images):
+                for k in missing[i]:
+                    png = io.BytesIO()
+                    Image.fromarray(pictures[k]).save(png, "png")
+                    write_atomically(image_path(args.images, i // 2, i % 2, k), png.getvalue())
+                    bar.update()
+    print(f"{total} pictures made, {PICTURES * len(prompts) - total} were there, in {args.images}")
+
+
+def run_score(args):
+    """A judge's scores of a folder of X_Y_Z.png, in the official layout."""
+    two, _ = read_benchmark(args.prompts)
+    places = [(p, i, k) for p in range(len(two)) for i in range(2) for k in range(PICTURES)]
+    missing = [image_path(args.images, *place).name for place in places if not image_path(args.images, *place).is_file()]
+    if missing:
+        raise UserError(f"{args.images}: {len(missing)} of {len(places)} pictures are missing: {some(missing)}; --generate makes them")
+    judge, size = OracleJudge(), IMAGE_SIZE
+    if args.judge != "oracle":
+        judge = load_judges(args.run, pick_device(args.device))[args.judge]
+        size = judge.network.cfg.grid * judge.network.cfg.patch
+    scores = {str(p): [] for p in range(len(two))}
+    for start in tqdm(range(0, len(places), 256), desc="score", unit="batch"):
+        some_places = places[start:start + 256]
+        images = np.stack([load_image(image_path(args.images, *place), size) for place in some_places])
+        for (p, i, k), score in zip(some_places, judge.score(images, [two[p][i] for p, i, _ in some_places]).tolist()):
+            scores[str(p)].append({"pair_idx": p, "prompt_idx": i, "image_idx": k, "score": score})
+    write_json(args.out, scores)
+    print(f"{len(places)} scores of the judge {args.judge} in {args.out}")
+
+
+def run_summarize(args):
+    """The official table of a score file."""
+    two, categories = read_benchmark(args.prompts)
+    summary = summarize(read_scores(args.summarize, len(two)), categories)
+    print(format_report({"judge": summary}))
+    print(json.dumps(summary, indent=1))
+    if args.out:
+        write_json(args.out, summary)
+
+
+POLICY = {"policy": "ppo", "seed": 0, "device": "auto", "guidance": 1.0, "temperature": 1.0}
+MODES = {  # mode: what it does, the flags it needs, the flags it may have and their defaults
+    "benchmark": (run_benchmark, ["run"], {"n": 20, **POLICY}),
+    "generate": (run_generate, ["run", "prompts", "images"], POLICY),
+    "score": (run_score, ["images", "prompts", "out"], {"run": None, "judge": "heldout", "device": "auto"}),
+    "summarize": (run_summarize, ["prompts"], {"out": None}),
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="eval_paircomp.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--generate", action="store_true", help="write X_Y_Z.png (pair, prompt, picture), those that are not there yet")
+    parser.add_argument("--score", action="store_true", help="judge a folder of X_Y_Z.png")
+    parser.add_argument("--summarize", metavar="SCORES", help="s_a and s_g of a score file")
+    parser.add_argument("--run", metavar="DIR", help="run folder of train.py; alone: the PairWorld benchmark")
+    parser.add_argument("--prompts", metavar="JSON", help="PairComp.json")
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures")
+    parser.add_argument("--out", metavar="JSON", help="file to write")
+    parser.add_argument("--policy", choices=["ppo", "pretrain"], help="whose pictures (ppo)")
+    parser.add_argument("--judge", choices=["heldout", "train", "oracle"], help="who scores (heldout)")
+    parser.add_argument("--n", type=int, help="pairs a category of the PairWorld benchmark (20)")
+    parser.add_argument("--guidance", type=float, help="w of classifier-free guidance, as in training (1)")
+    parser.add_argument("--temperature", type=float, help="tau, as in training (1)")
+    parser.add_argument("--seed", type=int, help="the pictures follow from it (0)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], help="where to compute (auto)")
+    args = parser.parse_args(argv)
+
+    chosen = [mode for mode in ("generate", "score", "summarize") if getattr(args, mode)]
+    given = {name for name, value in vars(args).items() if value not in (None, False)} - set(chosen)
+    if len(chosen) > 1 or not chosen and args.run is None:
+        parser.error(f"{' and '.join('--' + c for c in chosen) or 'nothing'} was chosen; choose one of --generate, --score, "
+                     "--summarize SCORES, or --run DIR alone for the PairWorld benchmark")
+    mode = (chosen or ["benchmark"])[0]
+    what, needs, options = MODES[mode]
+    if mode == "score" and args.judge != "oracle":
+        needs = needs + ["run"]
+    lacking, alien = [n for n in needs if n not in given], sorted(given - {*needs, *options})
+    if lacking or alien:
+        parser.error(f"{'the PairWorld benchmark' if mode == 'benchmark' else '--' + mode} "
+                     + (f"needs --{' and --'.join(lacking)}" if lacking else f"has no use for --{' or --'.join(alien)}"))
+    for name, default in options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    for name, fine in (("n", lambda v: v > 0), ("seed", lambda v: v >= 0), ("temperature", lambda v: v > 0)):
+        if getattr(args, name) is not None and not fine(getattr(args, name)):
+            parser.error(f"--{name} {getattr(args, name)}: should be {'0 or more' if name == 'seed' else 'positive'}")
+    what(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,340 @@
+"""data.py: PairWorld and its oracle, the held-out split, folders in the FocusDiff-Data layout, text tokens."""
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from data import ATTRIBUTES, CATEGORIES, GRID, IMAGE_SIZE, OPTIONAL, Layout, PairSet, Scene, TextTokens, UserError
+
+NAMES = list(ATTRIBUTES)
+text_tokens = TextTokens()
+scenes = st.builds(Scene, *(st.integers(0, len(options) - 1) for options in ATTRIBUTES.values()))
+layouts = st.builds(Layout, st.integers(0, 2), st.permutations(range(4)).map(tuple), st.integers(0, 1), st.integers(0, 1))
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return data.pairworld(300, "test", seed=0)
+
+
+@pytest.fixture(scope="module")
+def train():
+    return data.pairworld(6000, "train", seed=0)
+
+
+def expected_reading(prompts):
+    """Prompts -> (n, 10), the index of each attribute that is named, -2 where it is not."""
+    return np.array([[data.read_caption(p).get(name, -2) for name in NAMES] for p in prompts])
+
+
+# --- text tokens
+
+some_text = st.one_of(
+    st.text(), st.text(st.characters()),                                                  # the second includes lone surrogates
+    st.lists(st.sampled_from([" ", "  ", "\n", "red", "circles", " the", "letter", "A", "Red", "redred", "é", "円", "\ud83d", "\ude00"])).map("".join))
+
+
+@settings(max_examples=300, deadline=None)
+@given(some_text)
+@example("")
+@example(" ")
+@example("\ud83d\ude00")                             # two halves of an emoji, not the emoji: must come back as two
+@example("three red circles left of a blue square")
+def test_any_string_decodes_to_itself_and_never_makes_a_special_id(text):
+    ids = text_tokens.encode(text)
+    assert text_tokens.decode(ids) == text
+    assert all(text_tokens.first_byte <= i < text_tokens.vocab_size for i in ids)
+    assert not {text_tokens.pad, text_tokens.bos, text_tokens.boi} & set(ids)
+
+
+def test_a_caption_is_one_token_a_word():
+    caption = "three red circles left of a blue square on a plain background with the letter K"
+    assert len(text_tokens.encode(caption)) == len(caption.split())
+
+
+def test_every_caption_fits_the_default_context(train):
+    assert max(len(text_tokens.encode(p)) + 2 for two in train.prompts for p in two) <= 48
+
+
+def test_prompts_are_padded_on_the_left():
+    rows = text_tokens.prompts(["one red circle", None], max_len=48)
+    assert rows.tolist() == [[1, *text_tokens.encode("one red circle"), 2], [0, 0, 0, 1, 2]]
+
+
+def test_a_prompt_longer_than_the_context_is_named():
+    with pytest.raises(UserError, match="longer than the context of 10.*zzzz"):
+        text_tokens.prompts(["one red circle", "z" * 50], max_len=10)
+
+
+# --- scenes, captions, pictures
+
+@settings(max_examples=200, deadline=None)
+@given(scenes, st.sets(st.sampled_from(list(OPTIONAL))))
+def test_read_caption_is_the_inverse_of_caption(scene, named):
+    told = {"count", "colour", "shape"} | {name for part in named for name in OPTIONAL[part]}
+    assert data.read_caption(data.caption(scene, named)) == {k: v for k, v in scene._asdict().items() if k in told}
+
+
+@pytest.mark.parametrize("text", ["", "a cat", "one red circle and more", "red one circle", "one red circle left of a blue"])
+def test_what_is_not_a_caption_is_refused(text):
+    with pytest.raises(UserError, match="not a PairWorld caption"):
+        data.read_caption(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(scenes, layouts)
+def test_oracle_reads_every_attribute_of_every_scene(scene, layout):
+    assert data.read_scene(data.render(scene, layout)[None])[0].tolist() == list(scene)
+
+
+def test_oracle_is_right_on_all_held_out_renderings(held_out):
+    found = data.read_scene(held_out.images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
+    said = expected_reading([p for two in held_out.prompts for p in two])
+    assert (found != -1).all()
+    assert (found == said)[said != -2].all()
+
+
+def test_oracle_survives_a_little_noise(held_out):
+    """A reconstruction is never exact; the oracle reads the nearest template."""
+    images = held_out.images[:50].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
+    noisy = (images + np.random.default_rng(0).normal(0, 12, images.shape)).clip(0, 255).astype(np.uint8)
+    assert (data.read_scene(noisy) == data.read_scene(images)).all()
+
+
+SCENE, LAYOUT = Scene(1, 1, 0, 0, 0, 0, 2, 1, 0, 0), Layout(0, (0, 1, 2, 3), 0, 0)      # two objects, left of one reference
+
+
+def read_after(change):
+    image = data.render(SCENE, LAYOUT)
+    change(image)
+    return dict(zip(NAMES, data.read_scene(image[None])[0].tolist()))
+
+
+def test_oracle_refuses_mixed_colours():
+    """Strictness: with a red and a green object no colour is right, or a policy could hedge."""
+    def repaint(image):
+        image[:8, :8] = data.render(SCENE._replace(colour=1), LAYOUT)[:8, :8]
+    seen = read_after(repaint)
+    assert seen["colour"] == -1 and seen["shape"] == SCENE.shape and seen["count"] == SCENE.count
+
+
+def test_oracle_refuses_mixed_shapes_two_letters_and_two_references():
+    def reshape_one(image):
+        image[:8, :8] = data.render(SCENE._replace(shape=3), LAYOUT)[:8, :8]
+    assert read_after(reshape_one)["shape"] == -1
+    corner = data.render(SCENE, LAYOUT)[:8, 24:]
+
+    def second_letter(image):
+        image[24:, 24:] = corner
+    assert read_after(second_letter)["letter"] == -1
+
+    def second_reference(image):
+        image[16:24, 24:] = image[8:16, 24:]
+    assert {read_after(second_reference)[k] for k in ("ref_colour", "ref_shape", "relation")} == {-1}
+
+
+def test_oracle_refuses_objects_on_both_sides_and_an_empty_picture():
+    def object_on_the_wrong_side(image):
+        image[16:24, 24:] = image[:8, :8]
+    assert read_after(object_on_the_wrong_side)["relation"] == -1
+
+    def blank(image):
+        image[:] = 250
+    seen = read_after(blank)
+    assert {v for k, v in seen.items() if k != "style"} == {-1}
+
+
+def test_no_two_templates_look_alike():
+    cells = np.stack(list(data._templates().values())).reshape(len(data._templates()), -1)
+    assert len(np.unique(cells, axis=0)) == len(cells)
+
+
+# --- pairs
+
+def test_the_two_pictures_differ_only_inside_the_difference_mask(held_out):
+    mask = data.difference_mask(held_out.images, 8)
+    assert mask.shape == (300, 8, 8) and mask.any((1, 2)).all()
+    for (one, two), m in zip(held_out.images, mask):
+        for y, x in itertools.product(range(8), range(8)):
+            patch = np.s_[4 * y:4 * y + 4, 4 * x:4 * x + 4]
+            assert m[y, x] == (not np.array_equal(one[patch], two[patch]))
+
+
+def test_pairs_share_their_nuisance(held_out):
+    """Only what the prompts tell apart may differ: as many cells as the difference needs, and all unread attributes agree."""
+    found = data.read_scene(held_out.images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)).reshape(-1, 2, len(NAMES))
+    cells = data.difference_mask(held_out.images, GRID).sum((1, 2))
+    for category, (one, two), prompts, n in zip(held_out.categories, found, held_out.prompts, cells):
+        differs = [name for name, a, b in zip(NAMES, one, two) if a != b]
+        assert len(differs) == 1 and differs[0] in CATEGORIES[category]
+        assert len(prompts[0].split()) == len(prompts[1].split()) or "relation" in differs
+        objects = one[0] + 1
+        if differs[0] in ("letter", "ref_colour", "ref_shape"):
+            assert n == 1
+        elif differs[0] in ("size", "fill", "colour", "shape"):
+            assert n == objects
+        elif differs[0] == "count":
+            assert n == abs(int(one[0]) - int(two[0]))
+        elif differs[0] == "style":
+            assert n == GRID ** 2 - objects - 2
+
+
+def test_categories_come_in_turn(held_out):
+    assert held_out.categories[:6] == list(CATEGORIES) and held_out.categories.count("text") == 50
+
+
+def test_no_test_prompt_or_combination_is_ever_trained_on(train, held_out):
+    trained = {p for two in train.prompts for p in two}
+    tested = {p for two in held_out.prompts for p in two}
+    assert not trained & tested
+    def combination(prompt):
+        told = data.read_caption(prompt)
+        return told["count"], told["colour"], told["shape"]
+    train_combos, test_combos = {combination(p) for p in trained}, {combination(p) for p in tested}
+    assert test_combos <= data.held_out_combinations() and not train_combos & data.held_out_combinations()
+    # and every single word of a test prompt is trained on: what is new is the combination
+    assert {w for p in tested for w in p.split()} <= {w for p in trained for w in p.split()}
+
+
+def test_no_test_pair_comes_twice(held_out):
+    assert len(set(held_out.prompts)) == len(held_out)
+
+
+def test_pairworld_is_determined_by_its_seed():
+    one, same, other = (data.pairworld(30, "train", seed) for seed in (1, 1, 2))
+    assert one.prompts == same.prompts and np.array_equal(one.images, same.images)
+    assert one.prompts != other.prompts
+
+
+# --- files
+
+def write_json(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, held_out):
+    data.write_pairs(PairSet(held_out.prompts[:6], held_out.images[:6], held_out.categories[:6]), tmp_path)
+    return tmp_path
+
+
+def test_pairs_come_back_from_disk_as_they_were(folder, held_out):
+    pairs = data.read_pairs(folder / "pairs.json", IMAGE_SIZE)
+    assert pairs.prompts == held_out.prompts[:6] and pairs.categories == held_out.categories[:6] and len(pairs) == 6
+    assert np.array_equal(pairs.load(range(6)), held_out.images[:6])
+    assert np.array_equal(pairs.load([4, 1]), held_out.images[[4, 1]])
+    assert pairs.has_images([0, 5]).all()
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.json: no such file"):
+        data.read_pairs(tmp_path / "nowhere.json", 32)
+
+
+def test_broken_json_says_the_line(tmp_path):
+    with pytest.raises(UserError, match="pairs.json: broken JSON at line 3"):
+        data.read_pairs(write_json(tmp_path / "pairs.json", '[\n {"prompt1": "a"},\n {"prompt1" "b"}\n]'), 32)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"prompt1": "a"}, "null", "3"])
+def test_json_that_is_no_list_of_pairs_is_refused(tmp_path, content):
+    with pytest.raises(UserError, match="should hold a JSON list of pairs"):
+        data.read_pairs(write_json(tmp_path / "pairs.json", content), 32)
+
+
+@pytest.mark.parametrize("bad", [{"drop": "image2"}, {"drop": "prompt1"}, {"image1": None}, {"prompt2": ""}, {"image2": 7}])
+def test_a_pair_without_a_key_is_numbered_and_the_key_named(folder, bad):
+    entries = json.loads((folder / "pairs.json").read_text())
+    key = bad.get("drop") or next(iter(bad))
+    entries[3] = {k: v for k, v in entries[3].items() if k != key} if "drop" in bad else entries[3] | bad
+    with pytest.raises(UserError, match=f"pair 3 has no '{key}'"):
+        data.read_pairs(write_json(folder / "pairs.json", entries), 32)
+
+
+def test_a_pair_that_is_no_object_is_refused(tmp_path):
+    with pytest.raises(UserError, match="pair 0"):
+        data.read_pairs(write_json(tmp_path / "pairs.json", ["a red circle"]), 32)
+
+
+def test_an_image_that_is_not_on_disk_is_found_before_training(folder):
+    (folder / "images" / "00002_2.png").unlink()
+    with pytest.raises(UserError, match="pair 2: image .*00002_2.png does not exist"):
+        data.read_pairs(folder / "pairs.json", 32)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b"this is no picture", lambda b: b[:len(b) // 2], lambda b: b[:40]])
+def test_an_undecodable_image_is_named(folder, damage):
+    file = folder / "images" / "00001_1.png"
+    file.write_bytes(damage(file.read_bytes()))
+    pairs = data.read_pairs(folder / "pairs.json", 32)
+    with pytest.raises(UserError, match="00001_1.png: cannot be read as an image"):
+        pairs.load([1])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "JPEG", "WEBP", "BMP", "TIFF"])
+def test_no_damage_to_an_image_gets_past_as_anything_but_a_user_error(tmp_path, kind):
+    """Pillow raises many kinds of exceptions for broken files; a user sees one line for all of them."""
+    file, rng = tmp_path / "x", np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(file, kind)
+    whole, refused = file.read_bytes(), 0
+    for _ in range(60):
+        broken = bytearray(whole)
+        for place in rng.integers(0, len(broken), rng.integers(1, 30)):
+            broken[place] = rng.integers(256)
+        file.write_bytes(bytes(broken[:rng.integers(1, len(broken) + 1)]))
+        try:
+            assert data.load_image(file, 8).shape == (8, 8, 3)
+        except UserError:
+            refused += 1
+    assert refused > 0
+
+
+@pytest.mark.parametrize("width, height", [(96, 32), (192, 64), (32, 96), (64, 192)])
+def test_another_size_is_resized_by_its_short_side_and_centre_cropped(tmp_path, width, height):
+    """Three bands, red green blue: the middle one is what is left."""
+    bands = np.repeat(np.eye(3, dtype=np.uint8) * 255, max(width, height) // 3, 0)                  # (long, 3)
+    picture = np.broadcast_to(bands[None] if width > height else bands[:, None], (height, width, 3))
+    Image.fromarray(np.ascontiguousarray(picture)).save(tmp_path / "bands.png")
+    image = data.load_image(tmp_path / "bands.png", 32)
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+    assert (image[4:-4, 4:-4] == (0, 255, 0)).all()
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (33, 50), (50, 33), (31, 32), (1, 90), (640, 427)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1"])
+def test_any_size_and_mode_becomes_a_square_rgb_picture(tmp_path, width, height, mode):
+    Image.new(mode, (width, height), 1).save(tmp_path / "x.png")
+    assert data.load_image(tmp_path / "x.png", 32).shape == (32, 32, 3)
+
+
+def test_a_lone_prompt_is_a_pair_with_itself_and_without_pictures(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  two dogs \n", encoding="utf-8")
+    pairs = data.read_prompts(tmp_path / "prompts.txt")
+    assert pairs.prompts == [("a cat", "a cat"), ("two dogs", "two dogs")]
+    assert not pairs.has_images([0, 1]).any()
+    assert pairs.load([0, 1]).shape == (2, 2, IMAGE_SIZE, IMAGE_SIZE, 3) and not pairs.load([1]).any()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00"])
+def test_a_prompt_file_without_prompts_or_without_text_is_refused(tmp_path, content):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(UserError, match="prompts.txt"):
+        data.read_prompts(tmp_path / "prompts.txt")
+
+
+def test_a_missing_prompt_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.txt"):
+        data.read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_pairs_with_and_without_pictures_load_together(folder):
+    pairs = data.read_pairs(folder / "pairs.json", 32)
+    mixed = PairSet(pairs.prompts[:1] + [("a", "a")], pairs.images[:1] + [None], ["", ""], 32)
+    images = mixed.load([1, 0])
+    assert not images[0].any() and np.array_equal(images[1], pairs.load([0])[0]) and mixed.has_images([0, 1]).tolist() == [True, False]

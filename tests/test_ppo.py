@@ -1,0 +1,172 @@
+"""ppo.py against slow loops, hand-worked cases and exact expectations."""
+import math
+
+import pytest
+import torch
+
+import ppo
+
+torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("step, p", [(0, 1.0), (49, 1.0), (50, 1.0), (250, 0.625), (450, 0.25), (825, 0.125), (1200, 0.0), (5000, 0.0)])
+def test_ground_truth_schedule_is_the_official_one(step, p):
+    assert ppo.ground_truth_probability(step, 50, 450, 1200) == pytest.approx(p, abs=1e-12)
+
+
+def test_ground_truth_can_be_switched_off():
+    assert [ppo.ground_truth_probability(step, 0, 0, 0) for step in (0, 1, 100)] == [0, 0, 0]
+
+
+def test_ground_truth_replaces_own_and_twins_where_it_is_used():
+    tokens = torch.arange(2 * 2 * 4 * 3).view(2, 2, 4, 3)
+    truth = -1 - torch.arange(2 * 2 * 3).view(2, 2, 3)
+    use = torch.tensor([[True, False], [False, True]])
+    before = tokens.clone()
+    mixed, origin = ppo.mix_ground_truth(tokens, truth, use)
+    for p in range(2):
+        for side in range(2):
+            for g in range(4):
+                if use[p, side] and g == 0:
+                    want, kind = truth[p, side], ppo.OWN_TRUTH
+                elif use[p, side] and g == 1:
+                    want, kind = truth[p, 1 - side], ppo.TWIN_TRUTH
+                else:
+                    want, kind = before[p, side, g], ppo.SAMPLED
+                assert mixed[p, side, g].equal(want) and origin[p, side, g] == kind
+    assert tokens.equal(before)                                     # the rollout itself is left alone
+
+
+@pytest.mark.parametrize("pool", ["pair", "group"])
+def test_advantages_against_a_slow_loop(pool):
+    rewards, floor = torch.rand(3, 2, 5), 0.01
+    got = ppo.group_advantages(rewards, pool, floor)
+    for p in range(3):
+        for side in range(2):
+            peers = (rewards[p].flatten() if pool == "pair" else rewards[p, side]).tolist()
+            mean = sum(peers) / len(peers)
+            std = math.sqrt(sum((r - mean) ** 2 for r in peers) / len(peers))
+            for g in range(5):
+                assert got[p, side, g].item() == pytest.approx((rewards[p, side, g].item() - mean) / (std + floor), abs=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["pair", "group"])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.0])
+def test_a_group_without_spread_teaches_nothing(pool, value):
+    """The floor: rounding of the mean must not be blown up into an advantage."""
+    assert ppo.group_advantages(torch.full((2, 2, 7), value), pool, 0.01).abs().max() < 1e-4
+
+
+def test_the_pooled_pair_keeps_the_difference_between_its_prompts():
+    rewards = torch.tensor([[[0.8, 0.9], [0.1, 0.2]]])
+    pair, group = (ppo.group_advantages(rewards, pool, 1e-6).mean(-1)[0] for pool in ("pair", "group"))
+    assert pair[0] > 0.5 > -0.5 > pair[1] and pair.sum().abs() < 1e-5
+    assert group.abs().max() < 1e-5
+
+
+def test_an_unknown_pool_is_an_error():
+    with pytest.raises(KeyError):
+        ppo.group_advantages(torch.rand(1, 2, 2), "none", 0.1)
+
+
+def test_difference_weights_are_the_equation_with_mean_one():
+    divergence, strength = torch.rand(4, 9), 0.5
+    weights = ppo.difference_weights(divergence, strength, cap=100)
+    for d, w in zip(divergence.tolist(), weights.tolist()):
+        mean = sum(d) / len(d)
+        assert w == pytest.approx([1 - strength + strength * x / mean for x in d], abs=1e-5)
+    assert weights.mean(-1).allclose(torch.ones(4), atol=1e-5)
+
+
+def test_difference_weights_are_capped_before_they_are_renormalised():
+    """One token with all the divergence among 64: without the cap it would weigh 32.5 times as much as the average."""
+    divergence = torch.zeros(1, 64)
+    divergence[0, 5] = 1
+    weights = ppo.difference_weights(divergence, 0.5, cap=4)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5)
+    assert (weights[0, 5] / weights[0, 0]).item() == pytest.approx(4 / 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("divergence, strength", [(torch.rand(3, 8), 0.0), (torch.zeros(3, 8), 0.7), (torch.full((3, 8), 0.2), 0.7)])
+def test_no_difference_or_no_strength_gives_weights_of_one(divergence, strength):
+    assert ppo.difference_weights(divergence, strength, cap=5).allclose(torch.ones(3, 8), atol=1e-6)
+
+
+def test_k3_is_zero_at_equal_never_negative_and_finite_at_the_extreme():
+    r = torch.cat([torch.linspace(-5, 5, 101), torch.tensor([-1000.0, 1000.0, -90, 90])])
+    values = ppo.k3(r, torch.zeros_like(r))
+    assert (values >= 0).all() and values.isfinite().all()
+    assert ppo.k3(r, r).abs().max() == 0
+
+
+def test_k3_expects_the_kl_divergence():
+    new, ref = torch.randn(6).log_softmax(-1), torch.randn(6).log_softmax(-1)
+    kl = (new.exp() * (new - ref)).sum()
+    assert (new.exp() * ppo.k3(ref, new)).sum().item() == pytest.approx(kl.item(), abs=1e-6)
+
+
+def loss_and_gradient(logratio, advantages, clip=0.2, beta=0.0, weights=None, ref=None):
+    """-> loss, stats, d loss / d logprobs, for old log-probs of -1."""
+    logratio = torch.as_tensor(logratio)
+    old = torch.full_like(logratio, -1.0)
+    logprobs = (old + logratio).requires_grad_()
+    loss, stats = ppo.ppo_loss(logprobs, old, ref, torch.as_tensor(advantages), torch.ones_like(old) if weights is None else weights, clip, beta)
+    loss.backward()
+    return loss, stats, logprobs.grad
+
+
+def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient():
+    advantages, weights = torch.tensor([1.5, -0.5, 0.0]), torch.rand(3, 4)
+    loss, stats, gradient = loss_and_gradient(torch.zeros(3, 4), advantages, weights=weights)
+    assert gradient.allclose(-advantages[:, None] * weights / 12)
+    assert loss.item() == pytest.approx(-(advantages[:, None] * weights).mean().item(), abs=1e-6)
+    assert stats["clipfrac"] == 0 and stats["approx_kl"] == 0 and stats["ratio_max"] == 1
+
+
+@pytest.mark.parametrize("ratio, advantage, moves", [
+    (1.5, 1.0, False), (1.5, -1.0, True),       # already more likely: do not praise further, but do blame
+    (0.5, 1.0, True), (0.5, -1.0, False),       # already less likely: do praise, but do not blame further
+    (1.1, 1.0, True), (0.9, -1.0, True)])
+def test_the_clip_stops_the_gradient_on_the_far_side_only(ratio, advantage, moves):
+    _, _, gradient = loss_and_gradient([[math.log(ratio)]], [advantage])
+    assert gradient.item() == pytest.approx(-ratio * advantage if moves else 0.0, abs=1e-5)
+
+
+def test_the_clipped_loss_against_a_slow_loop():
+    logratio, advantages, weights, ref = torch.randn(3, 5) * 0.4, torch.randn(3), torch.rand(3, 5), torch.randn(3, 5)
+    loss, stats, _ = loss_and_gradient(logratio, advantages, 0.2, 0.3, weights, ref)
+    pg = kl = clipped = 0.0
+    for b in range(3):
+        for t in range(5):
+            ratio, a = math.exp(logratio[b, t]), advantages[b].item()
+            pg -= weights[b, t].item() * min(ratio * a, min(max(ratio, 0.8), 1.2) * a) / 15
+            r = ref[b, t].item() - (logratio[b, t].item() - 1)
+            kl += (math.exp(r) - r - 1) / 15
+            clipped += (not 0.8 <= ratio <= 1.2) / 15
+    assert loss.item() == pytest.approx(pg + 0.3 * kl, abs=1e-5)
+    assert stats["pg_loss"].item() == pytest.approx(pg, abs=1e-5) and stats["kl"].item() == pytest.approx(kl, abs=1e-4)
+    assert stats["clipfrac"].item() == pytest.approx(clipped, abs=1e-6)
+    assert stats["approx_kl"].item() == pytest.approx((logratio.exp() - 1 - logratio).mean().item(), abs=1e-6)
+
+
+def test_weights_scale_the_policy_term_and_not_the_kl():
+    one, _, g1 = loss_and_gradient(torch.zeros(2, 3), [1.0, -2.0])
+    two, _, g2 = loss_and_gradient(torch.zeros(2, 3), [1.0, -2.0], weights=torch.full((2, 3), 2.0))
+    assert g2.allclose(2 * g1) and two.item() == pytest.approx(2 * one.item())
+    _, stats1, _ = loss_and_gradient(torch.zeros(2, 3), [1.0, 1.0], beta=1.0, ref=torch.zeros(2, 3))
+    _, stats2, _ = loss_and_gradient(torch.zeros(2, 3), [1.0, 1.0], beta=1.0, ref=torch.zeros(2, 3), weights=torch.full((2, 3), 2.0))
+    assert stats1["kl"] == stats2["kl"] > 0
+
+
+def test_the_kl_pulls_towards_the_reference():
+    """k3's gradient by log pi is 1 - pi_ref/pi: a descent step lowers a token that the reference finds less likely."""
+    ref = torch.tensor([[-2.0, 0.0]])
+    _, _, gradient = loss_and_gradient([[0.0, 0.0]], [0.0], beta=1.0, ref=ref)
+    assert gradient.allclose((1 - (ref + 1).exp()) / 2)
+    assert gradient[0, 0] > 0 > gradient[0, 1]
+
+
+def test_a_token_that_became_enormously_likely_gives_no_nan():
+    """exp(90) overflows fp32, and 0 * inf is NaN in the backward of a clipped token or of a zero advantage."""
+    loss, _, gradient = loss_and_gradient([[90.0, 0.0], [90.0, 0.0]], [1.0, 0.0])
+    assert loss.isfinite() and gradient.isfinite().all()
