@@ -64,7 +64,7 @@ class Common:
 
 @dataclass
 class Tokenizer(Common):
-    steps: int = flag(1500, "optimizer steps")
+    steps: int = flag(1400, "optimizer steps")
     batch: int = flag(16, "pictures a step")
     lr: float = flag(3e-3, "peak learning rate")
     warmup: int = flag(20, "steps of rising learning rate")
@@ -73,7 +73,7 @@ class Tokenizer(Common):
     commitment: float = flag(0.25, "weight of the pull of latents to their codes")
     rate: float = flag(0.003, "preference for codes in use, see vq_loss")
     ch: int = flag(128, "channels")
-    codebook_size: int = flag(448, "V")
+    codebook_size: int = flag(320, "V")
     codebook_dim: int = flag(16, "D")
 
 
