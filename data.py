@@ -262,25 +262,26 @@ def held_out_combinations():
     return frozenset(combos[i] for i in chosen)
 
 
-def _random_pair(rng, category, split):
-    """Two scenes of a split that differ in one attribute of the category, and that attribute."""
+def _random_pair(rng, name, split):
+    """Two scenes of a split that differ in the attribute `name` alone."""
     while True:
         scene = Scene(*(int(rng.integers(len(options))) for options in ATTRIBUTES.values()))
-        name = str(rng.choice(CATEGORIES[category]))
         other = int(rng.choice([i for i in range(len(ATTRIBUTES[name])) if i != getattr(scene, name)]))
         pair = scene, scene._replace(**{name: other})
         held = [(s.count, s.colour, s.shape) in held_out_combinations() for s in pair]
         if all(held) if split == "test" else not any(held):
-            return *pair, name
+            return pair
 
 
 def pairworld(n, split, seed):
-    """n PairWorld pairs, the six categories in turn, no two with the same prompts. split: "train" or "test" -> PairSet."""
+    """n PairWorld pairs, the six categories in turn -> PairSet. split "test": only held-out combinations, and no two pairs with the same
+    prompts; "train": the others."""
     rng = np.random.default_rng([seed, split == "test"])
     prompts, images, categories, seen = [], [], [], set()
     while len(prompts) < n:
         category = list(CATEGORIES)[len(prompts) % len(CATEGORIES)]
-        first, second, name = _random_pair(rng, category, split)
+        name = str(rng.choice(CATEGORIES[category]))
+        first, second = _random_pair(rng, name, split)
         named = {part for part, names in OPTIONAL.items() if name in names or rng.random() < NAME_EXTRA[split]}
         layout = Layout(int(rng.integers(3)), tuple(rng.permutation(4).tolist()), int(rng.integers(2)), int(rng.integers(2)))
         told = caption(first, named), caption(second, named)
@@ -458,7 +459,7 @@ def picture_grid(images, labels=None, columns=4, scale=3):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--write", metavar="DIR", help="write PairWorld pairs there in the FocusDiff-Data layout")
-    parser.add_argument("--picture", metavar="PNG", help="draw one pair of each category with its difference mask")
+    parser.add_argument("--picture", metavar="PNG", help="draw a test pair of each category with its difference mask")
     parser.add_argument("--n", type=int, default=60, help="how many pairs to write")
     parser.add_argument("--split", choices=["train", "test"], default="train")
     parser.add_argument("--seed", type=int, default=0)
@@ -469,7 +470,7 @@ def main():
         write_pairs(pairworld(args.n, args.split, args.seed), args.write)
         print(f"{args.n} pairs in {args.write}/pairs.json")
     if args.picture:
-        pairs = pairworld(6, args.split, args.seed)
+        pairs = pairworld(6, "test", args.seed)
         mask = difference_mask(pairs.images, 8).repeat(4, 1).repeat(4, 2)                               # (6, 32, 32)
         mask = np.repeat(mask[..., None] * np.uint8(255), 3, -1)
         rows = np.stack([pairs.images[:, 0], pairs.images[:, 1], mask], 1).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)

@@ -32,7 +32,7 @@ class JudgeConfig:
     n_layer: int = 2
     n_head: int = 4
     grid: int = 8                       # the picture is looked at as grid x grid patches
-    patch: int = 4
+    patch: int = 4                      # of patch x patch pixels
 
 
 class AttendLayer(nn.Module):
@@ -90,8 +90,8 @@ class ReaderJudge(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, c = cfg, cfg.width
-        self.stem = nn.Sequential(nn.Conv2d(3, c // 4, 3, padding=1), Resample(c // 4, down=True), nn.SiLU(),
-                                  nn.Conv2d(c // 4, c // 2, 3, padding=1), Resample(c // 2, down=True), ResBlock(c // 2, c, 8))
+        self.stem = nn.Sequential(nn.Conv2d(3, c // 2, 4, stride=2, padding=1), nn.SiLU(), Resample(c // 2, down=True), nn.SiLU(),
+                                  ResBlock(c // 2, c, 8))
         self.places = nn.Parameter(0.5 * torch.randn(c, cfg.grid, cfg.grid))
         self.words = nn.Embedding(cfg.text_vocab, c, padding_idx=TextTokens.pad)
         self.reader = nn.GRU(c, c // 2, batch_first=True, bidirectional=True)
