@@ -334,7 +334,7 @@ def load_image(path, size):
         w, h = (max(size, round(s * scale)) for s in image.size)
         left, top = (w - size) // 2, (h - size) // 2
         image = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return np.asarray(image)
+    return np.array(image)
 
 
 def read_json(path, what):

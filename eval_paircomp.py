@@ -26,7 +26,8 @@ from PIL import Image
 from einops import rearrange
 from tqdm import tqdm
 
-from data import ATTRIBUTES, CATEGORIES, IMAGE_SIZE, TextTokens, UserError, load_image, pairworld, read_caption, read_json, read_scene
+from data import (ATTRIBUTES, CATEGORIES, IMAGE_SIZE, TextTokens, UserError, load_image, pairworld, read_caption, read_json,
+                  read_scene)
 from model import ImageModel, ModelConfig, generate, pick_device
 from reward import JudgeConfig, NetworkJudge, OracleJudge, build_judge
 from tokenizer import VQConfig, VQModel, decode_ids, load_module, load_strictly, load_weights, save_weights, write_atomically
@@ -42,7 +43,8 @@ PICTURES = 2                                                            # K of t
 def category_means(values, categories):
     """values (P,), P categories -> {category: mean, ..., "average": mean of the means}, in the paper's order."""
     values, categories = np.asarray(values, np.float64), np.asarray(categories)
-    means = {c: float(values[categories == c].mean()) for c in dict.fromkeys([*CATEGORIES, *categories.tolist()]) if c in categories}
+    present = [c for c in dict.fromkeys([*CATEGORIES, *categories.tolist()]) if c in categories]
+    means = {c: float(values[categories == c].mean()) for c in present}
     return means | {"average": float(np.mean(list(means.values())))}
 
 
@@ -70,14 +72,16 @@ def pair_accuracy(images, prompts):
     found = read_scene(rearrange(images, "p i k h w c -> (p i k) h w c")).reshape(n_pairs, 2, k, -1)     # (P, 2, K, 10)
     names, out = list(ATTRIBUTES), np.zeros(n_pairs)
     for p, two in enumerate(prompts):
-        right = [found[p, i, :, names.index(name)] == value for i, side in enumerate(different_attributes(two)) for name, value in side.items()]
+        right = [found[p, i, :, names.index(name)] == value
+                 for i, side in enumerate(different_attributes(two)) for name, value in side.items()]
         out[p] = np.all(right, 0).mean()
     return out
 
 
 def paircomp(images, pairs, judges, pairworld=False):
-    """images (P, 2, K, H, W, 3) uint8, a PairSet, {name: judge} -> {name: summarize(...), ...}, and "pair_accuracy" {category: mean,
-    ..., "average"} where pairworld=True says that every prompt is a PairWorld caption."""
+    """images (P, 2, K, H, W, 3) uint8, a PairSet, {name: judge} -> {name: summarize(...), ...}.
+
+    pairworld=True says that every prompt is a PairWorld caption; "pair_accuracy" {category: mean, ..., "average"} comes too."""
     k = images.shape[2]
     flat = rearrange(images, "p i k h w c -> (p i k) h w c")
     prompts = [text for two in pairs.prompts for text in two for _ in range(k)]
@@ -88,8 +92,8 @@ def paircomp(images, pairs, judges, pairworld=False):
 
 
 def divergence_auc(divergence, mask):
-    """How well D_t of `model.prompt_divergence` finds the true difference: the chance that a token inside the mask has a larger D_t
-    than one outside, ties counting half. Each row by itself, since the weights made of D_t are relative too.
+    """How well D_t of `model.prompt_divergence` finds the true difference: the chance that a token inside the mask has a larger
+    D_t than one outside, ties counting half. Each row by itself, since the weights made of D_t are relative too.
 
     divergence (B, N), mask (B, N) bool -> (B,) AUC, NaN where a row's mask is all or nothing."""
     out = np.full(len(mask), np.nan)
@@ -130,7 +134,8 @@ def format_before_after(base, ppo):
     for label, before in _lines(base):
         for policy, values in (("base", before), ("ppo", after[label])):
             rows.append((f"{label:<14} {policy}", {c: f"{100 * v:.1f}" for c, v in values.items()}))
-        rows.append((f"{label:<14} gain", {c: f"{100 * (after[label][c] / v - 1):+.1f}%" if v else "-" for c, v in before.items()}))
+        gains = {c: f"{100 * (after[label][c] / v - 1):+.1f}%" if v else "-" for c, v in before.items()}
+        rows.append((f"{label:<14} gain", gains))
     return _table(rows)
 
 
@@ -141,7 +146,7 @@ def read_benchmark(path):
     """PairComp.json, a list of {category, caption1, caption2} -> (P tuples of two prompts, P short categories)."""
     entries = read_json(path, "PairComp prompts")
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: should hold a JSON list of pairs, found {type(entries).__name__ if entries else 'nothing in it'}")
+        raise UserError(f"{path}: should hold a JSON list of pairs, found {type(entries).__name__ if entries else 'nothing'}")
     for i, entry in enumerate(entries):
         for key in ("category", "caption1", "caption2"):
             if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key]:
@@ -153,7 +158,8 @@ def read_benchmark(path):
 
 def some(problems, most=5):
     """A list for an error message: the first few and how many there are."""
-    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more ({len(problems)} in all)" if len(problems) > most else "")
+    rest = f"; and {len(problems) - most} more ({len(problems)} in all)" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + rest
 
 
 def read_scores(path, n_pairs):
@@ -197,9 +203,14 @@ def write_json(path, value):
 
 
 def load_policy(run, policy, device):
-    """A run folder, "pretrain" or "ppo" -> (tokenizer, model)."""
-    return (load_module(Path(run) / "tokenizer.safetensors", VQModel, VQConfig, device),
-            load_module(Path(run) / f"{policy}.safetensors", ImageModel, ModelConfig, device))
+    """A run folder, "pretrain" or "ppo" -> (tokenizer, model). UserError if the two were not made for each other."""
+    vq = load_module(Path(run) / "tokenizer.safetensors", VQModel, VQConfig, device)
+    model = load_module(Path(run) / f"{policy}.safetensors", ImageModel, ModelConfig, device)
+    ours, its = (vq.cfg.codebook_size, vq.cfg.grid ** 2), (model.cfg.image_vocab, model.cfg.n_image)
+    if ours != its:
+        raise UserError(f"{run}: {policy}.safetensors knows {its[0]} codes and {its[1]} tokens, tokenizer.safetensors "
+                        f"{ours[0]} and {ours[1]}; train one of them again")
+    return vq, model
 
 
 def save_judges(path, networks):
@@ -280,7 +291,7 @@ def run_benchmark(args):
     report = paircomp(rearrange(images, "(p i) k h w c -> p i k h w c", i=2), pairs, judges, pairworld=True)
     path = Path(args.run) / f"paircomp_{args.policy}.json"
     write_json(path, report)
-    print(format_report(report), f"\nwritten to {path}")
+    print(format_report(report), f"written to {path}", sep="\n")
 
 
 def run_generate(args):
@@ -292,7 +303,8 @@ def run_generate(args):
     except OSError as e:
         raise UserError(f"{args.images}: cannot be made a folder ({e.strerror})") from e
     prompts = [text for texts in two for text in texts]
-    missing = {i: [k for k in range(PICTURES) if not image_path(args.images, i // 2, i % 2, k).exists()] for i in range(len(prompts))}
+    missing = {i: [k for k in range(PICTURES) if not image_path(args.images, i // 2, i % 2, k).is_file()]
+               for i in range(len(prompts))}
     chunks = image_chunks(model, vq, prompts, PICTURES, args.guidance, args.temperature, args.seed,
                           wanted=lambda indices: any(missing[i] for i in indices))
     total = sum(map(len, missing.values()))
@@ -313,7 +325,8 @@ def run_score(args):
     places = [(p, i, k) for p in range(len(two)) for i in range(2) for k in range(PICTURES)]
     missing = [image_path(args.images, *place).name for place in places if not image_path(args.images, *place).is_file()]
     if missing:
-        raise UserError(f"{args.images}: {len(missing)} of {len(places)} pictures are missing: {some(missing)}; --generate makes them")
+        raise UserError(f"{args.images}: {len(missing)} of {len(places)} pictures are missing: {some(missing)}; "
+                        "--generate makes them")
     judge, size = OracleJudge(), IMAGE_SIZE
     if args.judge != "oracle":
         judge = load_judges(args.run, pick_device(args.device))[args.judge]
@@ -348,9 +361,9 @@ MODES = {  # mode: what it does, the flags it needs, the flags it may have and t
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="eval_paircomp.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--generate", action="store_true", help="write X_Y_Z.png (pair, prompt, picture), those that are not there yet")
+    parser = argparse.ArgumentParser(prog="eval_paircomp.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generate", action="store_true", help="write the X_Y_Z.png (pair, prompt, picture) not there yet")
     parser.add_argument("--score", action="store_true", help="judge a folder of X_Y_Z.png")
     parser.add_argument("--summarize", metavar="SCORES", help="s_a and s_g of a score file")
     parser.add_argument("--run", metavar="DIR", help="run folder of train.py; alone: the PairWorld benchmark")
@@ -367,7 +380,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     chosen = [mode for mode in ("generate", "score", "summarize") if getattr(args, mode)]
-    given = {name for name, value in vars(args).items() if value not in (None, False)} - set(chosen)
+    given = {name for name, value in vars(args).items() if value is not None and value is not False} - set(chosen)
     if len(chosen) > 1 or not chosen and args.run is None:
         parser.error(f"{' and '.join('--' + c for c in chosen) or 'nothing'} was chosen; choose one of --generate, --score, "
                      "--summarize SCORES, or --run DIR alone for the PairWorld benchmark")

@@ -18,20 +18,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError
+from data import TextTokens, UserError
 
 
 @dataclass
 class ModelConfig:
-    text_vocab: int = 302
-    image_vocab: int = 256              # V
-    n_text: int = 48                    # longest prompt, in tokens
+    text_vocab: int = TextTokens().vocab_size
+    image_vocab: int = 320              # V
+    n_text: int = 160                   # longest prompt, in tokens
     n_image: int = 64                   # N
     n_layer: int = 4
-    n_head: int = 6
-    n_embd: int = 192                   # C
-    n_ffn: int = 512
-    code_dim: int = 8                   # width of gen_embed, the tokenizer's code dimension
+    n_head: int = 4
+    n_embd: int = 128                   # C
+    n_ffn: int = 384
+    code_dim: int = 16                  # width of gen_embed, the tokenizer's code dimension
     image_positions: bool = True        # a learned embedding of an image token's place; the real weights have none
     pad: int = 0                        # text id that nobody attends to
     rope_theta: float = 10000.0

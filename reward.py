@@ -25,9 +25,9 @@ YES, NO = 0, 1                                                          # the tw
 
 @dataclass
 class JudgeConfig:
-    kind: str = "attend"                # attend: words look at the picture; reader: convolutions and a GRU
-    text_vocab: int = 302
-    n_text: int = 48
+    kind: str = "attend"                # attend: words look at the picture; reader: convolutions
+    text_vocab: int = TextTokens().vocab_size
+    n_text: int = 160
     width: int = 96
     n_layer: int = 2
     n_head: int = 4
@@ -85,7 +85,7 @@ class AttendJudge(nn.Module):
 
 
 class ReaderJudge(nn.Module):
-    """A convolutional pyramid looks at the picture and a two-way GRU reads the prompt; each word then looks once."""
+    """A convolutional pyramid looks at the picture, convolutions read the prompt; each word, knowing its neighbours, then looks once."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -94,7 +94,7 @@ class ReaderJudge(nn.Module):
                                   ResBlock(c // 2, c, 8))
         self.places = nn.Parameter(0.5 * torch.randn(c, cfg.grid, cfg.grid))
         self.words = nn.Embedding(cfg.text_vocab, c, padding_idx=TextTokens.pad)
-        self.reader = nn.GRU(c, c // 2, batch_first=True, bidirectional=True)
+        self.reader = nn.ModuleList(nn.Conv1d(c, c, 5, padding=2) for _ in range(cfg.n_layer))
         self.norm = nn.LayerNorm(c)
         self.attention = nn.MultiheadAttention(c, cfg.n_head, batch_first=True)
         self.support = nn.Sequential(nn.LayerNorm(2 * c), nn.Linear(2 * c, 2 * c), nn.GELU(), nn.Linear(2 * c, 1))
@@ -106,9 +106,12 @@ class ReaderJudge(nn.Module):
 
     def forward(self, features, prompts):
         """Features of `look`, prompts (B, T) padded on the left -> logits (B, 2) of yes and no."""
-        told = self.reader(self.words(prompts))[0]                                                      # (B, T, C)
+        real = prompts != TextTokens.pad
+        told = self.words(prompts)                                                                      # (B, T, C)
+        for conv in self.reader:                        # pads stay zero, as what lies beyond the first word is
+            told = (told + F.gelu(conv(told.mT)).mT) * real[..., None]
         seen = self.attention(told, features, features, need_weights=False)[0]
-        return all_supported(self.support(torch.cat([told, seen], -1))[..., 0], prompts != TextTokens.pad)
+        return all_supported(self.support(torch.cat([told, seen], -1))[..., 0], real)
 
 
 def all_supported(support, real):

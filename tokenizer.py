@@ -2,12 +2,14 @@
 
     encoder (ResNet, GroupNorm, swish) -> 1x1 conv to a few dimensions -> nearest code on the unit sphere -> 1x1 conv -> decoder
 
-`VQConfig()` is the small model for PairWorld's 32x32 pictures (8x8 tokens); `VQConfig.janus()` is the 384x384 one of Janus-Pro
-(24x24 tokens). Module names are LlamaGen's (tokenizer/tokenizer_image/vq_model.py), so one class serves both.
+`VQConfig.janus()` is the 384x384 tokenizer of Janus-Pro (24x24 tokens); `VQConfig()` the small one for PairWorld's 32x32 pictures
+(8x8 tokens). Module names are LlamaGen's (tokenizer/tokenizer_image/vq_model.py), so that one class serves both. The small one folds
+4x4 pixels into channels first and has 1x1 convolutions: everything in PairWorld stands on the token grid, and a token that is made
+of its own pixels alone is one that the transformer can predict (README, "What the tokenizer has to do").
 
-The code book is learned by an exponential moving average, not by gradients, and collapse is fought three ways: k-means
-initialisation after a warm-up without quantization, codes on the unit sphere, and restarts of dead codes. `train.py --stage
-tokenizer` logs usage and perplexity.
+The code book is learned by a moving average, not by gradients, and collapse is fought three ways: k-means++ after a warm-up without
+quantization, codes on the unit sphere, and restarts of dead codes where the error is large. `train.py --stage tokenizer` logs usage
+and perplexity.
 
 Shapes: B batch, H W picture, h w token grid, N = h*w tokens, D code dimension, V codes.
 """
@@ -17,6 +19,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,15 +34,15 @@ from data import UserError
 class VQConfig:
     image_size: int = 32
     patch: int = 4                      # pixels are folded into channels patch x patch before the encoder; 1 in the real weights
-    ch: int = 64                        # channels of the first level
+    ch: int = 128                       # channels of the first level
     ch_mult: tuple = (1,)               # channels of each level; the picture is halved between levels
     num_res_blocks: int = 1
     kernel: int = 1                     # of the convolutions, and whether the coarsest level attends:
     attention: bool = False             # with 1 and False a token is made of its own pixels alone; the real weights have 3 and True
     norm_groups: int = 32
     z_channels: int = 64
-    codebook_size: int = 256            # V
-    codebook_dim: int = 8               # D; low-dimensional codes are looked up on the unit sphere
+    codebook_size: int = 320            # V
+    codebook_dim: int = 16              # D; low-dimensional codes are looked up on the unit sphere
 
     @classmethod
     def janus(cls):
@@ -156,10 +159,10 @@ class VectorQuantizer(nn.Module):
         self.embedding.weight.requires_grad_(False)          # moved by `update_codebook`
         self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
 
-    def ids(self, z, bonus=0.0):
-        """Unit latents (B, D, h, w) -> ids (B, N) int64."""
+    def ids(self, z, preference=0.0):
+        """Unit latents (B, D, h, w) -> ids (B, N) int64 of the codes of largest cosine plus preference (a number or (V,))."""
         flat = rearrange(z, "b d h w -> b (h w) d").float()
-        return (flat @ F.normalize(self.embedding.weight, dim=-1).T + bonus).argmax(-1)
+        return (flat @ F.normalize(self.embedding.weight, dim=-1).T + preference).argmax(-1)
 
     def codes(self, ids, grid):
         """ids (B, N) -> unit codes (B, D, h, w)."""
@@ -210,23 +213,24 @@ def encode_images(vq, images, device, batch=256):
 @torch.no_grad()
 def decode_ids(vq, ids, batch=256):
     """ids (B, N) -> (B, H, W, 3) uint8 array."""
-    import numpy as np
     return np.concatenate([to_pixels(vq.decode(ids[i:i + batch])) for i in range(0, len(ids), batch)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def vq_loss(vq, x, quantized, commitment, bonus=None):
+def vq_loss(vq, x, quantized, commitment, preference=0.0):
     """One training forward. x (B, 3, H, W) -> (loss, latents (B, D, h, w), ids (B, N) or None, picture (B, 3, H, W)).
 
-    loss = mean |x - x'| + mean (x - x')^2 + commitment * mean (z - sg[code])^2. L1 beside L2 because L2 alone blurs the corners
-    that tell a circle from a square. While quantized is False (the warm-up) the decoder sees the latents themselves."""
+    loss = mean (x - x')^2 + commitment * mean |z - sg[code]|^2. While quantized is False (the warm-up) the decoder sees the latents
+    themselves. preference (V,) is `rate * log usage`, added to the cosines: of two codes that serve equally well the more used one
+    is taken (entropy-constrained quantization, Chou et al. 1989), so that one detail does not scatter over many codes, which the
+    transformer would have to guess between."""
     z = vq.latents(x)
     if not quantized:
         picture, ids, commit = vq.decode_codes(z), None, 0.0
     else:
-        ids = vq.quantize.ids(z, bonus)
+        ids = vq.quantize.ids(z, preference)
         codes = vq.quantize.codes(ids, vq.cfg.grid)
         commit = (z - codes.detach()).square().sum(1).mean()
         picture = vq.decode_codes(z + (codes - z).detach())                             # straight through

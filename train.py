@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from data import (ATTRIBUTES, PairSet, TextTokens, UserError, difference_mask, pairworld, picture_grid, read_json, read_pairs, read_prompts,
                   read_scene)
-from eval_paircomp import (benchmark_pairs, category_means, divergence_auc, format_before_after, generate_images, load_judges, paircomp,
-                           save_judges)
+from eval_paircomp import (benchmark_pairs, category_means, divergence_auc, format_before_after, generate_images, load_judges, load_policy,
+                           paircomp, save_judges)
 from model import ImageModel, ModelConfig, generate, pick_device, prompt_divergence, score
 from ppo import TWIN_TRUTH, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, ppo_loss
 from reward import JudgeConfig, NetworkJudge, build_judge, judge_loss, judge_report
@@ -91,7 +91,7 @@ class Pretrain(Common):
     n_head: int = flag(4, "attention heads")
     n_embd: int = flag(128, "width C")
     n_ffn: int = flag(384, "width of the SwiGLU")
-    n_text: int = flag(48, "longest prompt, in tokens")
+    n_text: int = flag(160, "longest prompt, in tokens; a word that PairWorld does not know takes one a byte")
 
 
 @dataclass
@@ -337,7 +337,7 @@ def muon_and_adamw(modules, cfg):
     """Muon for the matrices inside the layers, AdamW for embeddings, heads, convolutions and vectors. On two cores Muon needs about
     half as many steps as AdamW alone; muon_lr = 0 leaves everything to AdamW."""
     named = [(name, p) for module in modules for name, p in module.named_parameters()]
-    inside = {id(p) for name, p in named if cfg.muon_lr and p.dim() == 2 and name.split(".")[0] in ("layers", "reader", "attention")}
+    inside = {id(p) for name, p in named if cfg.muon_lr and p.dim() == 2 and name.split(".")[0] in ("layers", "attention")}
     optimizers = [adamw([p for _, p in named if id(p) not in inside], cfg.lr, cfg.weight_decay)]
     if inside:
         optimizers.append(torch.optim.Muon([p for _, p in named if id(p) in inside], lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
@@ -509,9 +509,8 @@ def rollout(policy, vq, judge, prompts, empty, cfg, generator):
 
 def train_ppo(cfg, resume):
     device, out = pick_device(cfg.device), Path(cfg.out)
-    vq = load_module(out / "tokenizer.safetensors", VQModel, VQConfig, device)
-    policy = load_module(out / "pretrain.safetensors", ImageModel, ModelConfig, device)
-    reference = load_module(out / "pretrain.safetensors", ImageModel, ModelConfig, device).requires_grad_(False)
+    vq, policy = load_policy(out, "pretrain", device)
+    reference = load_policy(out, "pretrain", device)[1].requires_grad_(False)
     judges = load_judges(out, device)
     pairs = training_pairs(cfg, vq.cfg.image_size)
     lone = read_prompts(cfg.prompts) if cfg.prompts else None

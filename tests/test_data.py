@@ -277,6 +277,7 @@ def test_an_undecodable_image_is_named(folder, damage):
         pairs.load([1])
 
 
+@pytest.mark.filterwarnings("ignore")                        # Pillow comments on broken TIFFs
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "JPEG", "WEBP", "BMP", "TIFF"])
 def test_no_damage_to_an_image_gets_past_as_anything_but_a_user_error(tmp_path, kind):
     """Pillow raises many kinds of exceptions for broken files; a user sees one line for all of them."""

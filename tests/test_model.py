@@ -1,5 +1,6 @@
 """model.py: the fast paths (cache, expanded prompts, chunks, padding) against slow ones that share as little as possible."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,25 +9,28 @@ from torch.utils._pytree import tree_leaves
 
 import model as m
 
-CFG = m.ModelConfig(text_vocab=20, image_vocab=37, n_text=8, n_image=9, n_layer=2, n_head=2, n_embd=32, n_ffn=48, code_dim=4, pad=0)
+CFG = m.ModelConfig(text_vocab=20, image_vocab=37, n_text=8, n_image=9, n_layer=2, n_head=2, n_embd=32, n_ffn=48, code_dim=4, image_positions=True, pad=0)
 EMPTY = torch.tensor([[1, 2]])
 EQUAL = torch.tensor([[1, 5, 6, 7, 2], [1, 9, 6, 4, 2]])
 PADDED = torch.tensor([[1, 5, 6, 7, 2], [0, 0, 1, 9, 2], [0, 1, 5, 8, 2]])
-BF16_BOUND = 0.02           # mean |re-scored - sampled| in nats under bf16 autocast; measured 0.003 to 0.006 here
+BF16_BOUND = 0.02           # mean |re-scored - sampled| in nats and per unit of guidance, under bf16 autocast; see the test
 
 
-@pytest.fixture(scope="module")
-def net():
-    """A random model, sharpened so that tokens, prompts and positions matter: about 2 nats of spread among the logits."""
+@pytest.fixture(scope="module", params=[True, False], ids=["positions", "rope_only"])
+def net(request):
+    """A random model, sharpened so that tokens, prompts and positions matter, with and without learned positions."""
+    return sharp(replace(CFG, image_positions=request.param))
+
+
+def sharp(cfg):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = m.ImageModel(CFG).eval()
+    net = m.ImageModel(cfg).eval()
     with torch.no_grad():
-        for p in net.parameters():
+        for name, p in net.named_parameters():
             if p.dim() > 1:
-                p.mul_(2.0)
-        net.embed_tokens.weight.mul_(8.0)
-        net.gen_head[2].weight.mul_(4.0)
+                p.mul_(15.0 if "o_proj" in name or "down_proj" in name else 2.0)       # these two start tiny, and carry the prompt
+        net.gen_head[2].weight.mul_(3.0)
     return net
 
 
@@ -83,8 +87,8 @@ def test_sampling_follows_the_distribution_that_it_reports(net):
     """The Gumbel race draws from softmax: the frequencies of the first token against its probabilities, 4 sigma."""
     n = 4000
     prompt, p = EQUAL[:1], last_logits(net, EQUAL[0], []).softmax(-1)
-    short = m.ImageModel(m.ModelConfig(**{**vars(CFG), "n_image": 1}))
-    short.load_state_dict(net.state_dict())
+    short = m.ImageModel(replace(CFG, n_image=1, image_positions=False))
+    short.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("gen_positions")})
     tokens, logprobs = m.generate(short, prompt, EMPTY, n, generator=seeded(2))
     frequency = torch.bincount(tokens[:, 0], minlength=CFG.image_vocab) / n
     assert ((frequency - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1 / n).all()
@@ -120,14 +124,19 @@ def test_score_gives_the_logprobs_that_were_sampled(net, prompts, guidance):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")      # without learned positions cached decoding runs on bf16 embeddings
 def test_score_gives_the_sampled_logprobs_in_bf16_within_the_stated_bound(net, guidance):
+    """Measured at width 192 and 4 layers (pytest -rP shows it): a mean of 0.010 nats at w = 1 and 0.025 at w = 3 with learned positions,
+    0.012 and 0.032 without; at worst 0.18. There is no bias, so the ratios of an unchanged policy scatter around 1, hardly one beyond 0.2."""
+    net = sharp(replace(CFG, n_head=6, n_embd=192, n_ffn=512, n_layer=4, n_image=16, image_positions=net.cfg.image_positions))
     with torch.autocast("cpu", torch.bfloat16):
         tokens, logprobs = m.generate(net, PADDED, EMPTY, 8, guidance, 1.0, seeded(8))
         scored, _ = m.score(net, PADDED.repeat_interleave(8, 0), tokens, EMPTY, guidance, 1.0)
     assert scored.dtype == logprobs.dtype == torch.float32
-    difference = (scored - logprobs).abs().mean().item()
-    print(f"bf16, w = {guidance}: mean |re-scored - sampled| = {difference:.5f} nats")
-    assert difference < BF16_BOUND * guidance
+    difference = scored - logprobs
+    print(f"bf16, w = {guidance}: mean |re-scored - sampled| = {difference.abs().mean():.5f} nats, worst {difference.abs().max():.5f}, "
+          f"bias {difference.mean():.5f}, spread of log-probs {logprobs.std():.2f}")
+    assert difference.abs().mean() < BF16_BOUND * guidance and difference.mean().abs() < 0.25 * BF16_BOUND * guidance
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -136,7 +145,8 @@ def test_left_padding_changes_nothing(net, guidance):
     together = m.score(net, PADDED, tokens, EMPTY, guidance)
     for i, prompt in enumerate(PADDED):
         alone = m.score(net, prompt[prompt != CFG.pad][None], tokens[i:i + 1], EMPTY, guidance)
-        assert (together[0][i] - alone[0][0]).abs().max() < 1e-5 and (together[1][i] - alone[1][0]).abs().max() < 1e-5
+        for a, b in zip(together, alone):
+            assert (a[i] - b[0]).abs().max() < 1e-5 * (2 * guidance - 1)                    # guidance magnifies rounding by w + |1 - w|
 
 
 def test_score_is_causal(net):

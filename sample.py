@@ -1,0 +1,77 @@
+"""Prompts -> a picture of pictures.
+
+    python sample.py --run runs/tiny --prompt "three red circles left of a blue square" --n 8 --out picture.png
+    python sample.py --run runs/tiny --prompt "three red circles" --prompt "two red circles"     # a pair, with the map of D_t
+
+Given two prompts it shows each sample of the one beside a sample of the other, and between them where on the picture the model
+thinks that they differ: D_t = JS( pi(.|o_<t, T1), pi(.|o_<t, T2) ) over the tokens of the left sample (DESIGN section 2).
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from data import TextTokens, UserError, picture_grid
+from eval_paircomp import load_policy
+from model import generate, pick_device, prompt_divergence
+from tokenizer import decode_ids
+
+
+def heat_map(divergence, images, grid):
+    """D_t (B, N) and the pictures it was measured on (B, H, W, 3) uint8 -> red where D_t is large, over the faded picture."""
+    heat = rearrange(divergence / divergence.max().clamp(min=1e-8), "b (y x) -> b y x 1", y=grid).cpu().numpy()
+    scale = images.shape[1] // grid
+    heat = heat.repeat(scale, 1).repeat(scale, 2)                                                       # (B, H, W, 1)
+    faded = 255 - (255 - images.astype(np.float32)) * 0.35
+    return (faded * (1 - heat) + np.array([220.0, 0.0, 0.0]) * heat).astype(np.uint8)
+
+
+@torch.no_grad()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--run", required=True, metavar="DIR", help="run folder of train.py")
+    parser.add_argument("--policy", choices=["ppo", "pretrain"], default="ppo", help="whose pictures (ppo)")
+    parser.add_argument("--prompt", action="append", required=True, help="give it twice for a pair")
+    parser.add_argument("--n", type=int, default=8, help="pictures a prompt (8)")
+    parser.add_argument("--out", default="picture.png", help="PNG to write (picture.png)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="w of classifier-free guidance (1)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="tau (1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    args = parser.parse_args(argv)
+    if args.n < 1 or args.temperature <= 0:
+        raise UserError(f"--n {args.n} --temperature {args.temperature}: should be positive")
+    if len(args.prompt) > 2:
+        raise UserError(f"{len(args.prompt)} prompts: give one, or two for a pair")
+
+    device = pick_device(args.device)
+    vq, model = load_policy(args.run, args.policy, device)
+    text = TextTokens()
+    prompts, empty = (torch.from_numpy(text.prompts(t, model.cfg.n_text)).to(device) for t in (args.prompt, [None]))
+    generator = torch.Generator(device).manual_seed(args.seed)
+    tokens, _ = generate(model, prompts, empty, args.n, args.guidance, args.temperature, generator)     # (prompts*n, N)
+    images = decode_ids(vq, tokens)
+    if len(args.prompt) == 1:
+        sheet = picture_grid(images, args.prompt * args.n, columns=min(args.n, 4), scale=5)
+    else:
+        one, two = (row.expand(args.n, -1) for row in prompts)
+        divergence = prompt_divergence(model, one, two, tokens[:args.n], empty, args.guidance, args.temperature)
+        rows = np.stack([images[:args.n], heat_map(divergence, images[:args.n], vq.cfg.grid), images[args.n:]], 1)
+        labels = [args.prompt[0], "where they differ: D_t", args.prompt[1]] * args.n
+        sheet = picture_grid(rows.reshape(-1, *images.shape[1:]), labels, columns=3, scale=5)
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(args.out)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--out {args.out}: cannot be written ({e})") from e
+    print(args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")

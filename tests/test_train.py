@@ -1,0 +1,222 @@
+"""The scripts as a user runs them: the whole way in small, killed and resumed, and everything that can be typed wrong."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from data import UserError, pairworld, write_pairs
+from tokenizer import load_weights, save_weights
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(script, *args):
+    return [sys.executable, str(ROOT / script), *map(str, args)]
+
+
+def run(script, *args, ok=True):
+    done = subprocess.run(command(script, *args), capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """One smoke run, all four stages from nothing, which the tests below look at and copy from."""
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    began = time.time()
+    run("train.py", "--stage", "ppo", "--preset", "smoke", "--out", out)
+    assert time.time() - began < 60, "the smoke preset is promised to take less than a minute"
+    return out
+
+
+def copy_of(smoke, folder, *stages):
+    """A run folder in which the given stages are trained already."""
+    folder.mkdir()
+    for stage in stages:
+        shutil.copy(smoke / f"{stage}.safetensors", folder)
+    return folder
+
+
+def test_smoke_run_leaves_all_that_the_contract_names(smoke):
+    for name in ["tokenizer", "pretrain", "reward", "ppo"]:
+        assert (smoke / f"{name}.safetensors").exists() and not (smoke / f"{name}.state").exists()
+    for name in ["config.json", "log.jsonl", "paircomp.json", "samples/before_after.png"]:
+        assert (smoke / name).stat().st_size > 0
+    report = json.loads((smoke / "paircomp.json").read_text())
+    for policy in ("base", "ppo"):
+        for judge in ("train", "heldout", "oracle"):
+            assert 0 <= report[policy][judge]["average"]["s_g"] <= report[policy][judge]["average"]["s_a"] <= 1
+        assert 0 <= report[policy]["pair_accuracy"]["average"] <= 1
+    steps = [e for e in map(json.loads, (smoke / "log.jsonl").read_text().splitlines()) if e["stage"] == "ppo"]
+    assert [e["step"] for e in steps] == list(range(len(steps)))
+    assert {"reward", "reward_std", "kl", "entropy", "clipfrac", "approx_kl", "grad_norm", "frac_zero_std", "truth_probability"} <= set(steps[0])
+    assert json.loads((smoke / "config.json").read_text())["ppo"]["steps"] == len(steps)
+
+
+STAGE_FLAGS = {  # short stages that save often, so that a kill lands between two saves
+    "tokenizer": ["--steps", 40, "--unquantized", 12],
+    "pretrain": ["--steps", 40],
+    "reward": ["--steps", 16],
+    "ppo": ["--steps", 12, "--eval-every", 100, "--eval-pairs", 1, "--lr", 3e-3, "--difference", 0.5, "--truth-full-until", 2,
+            "--truth-low-at", 4, "--truth-zero-at", 9],
+}
+
+
+@pytest.mark.parametrize("stage", list(STAGE_FLAGS))
+def test_killed_and_resumed_ends_bitwise_equal(smoke, tmp_path, stage):
+    """SIGKILL, which no handler sees, at a moment nobody chose; then --resume. The weights must have the same bits as those of a run
+    that was left alone: the state holds the optimizer, and every random choice follows from (seed, stage, step)."""
+    args = ["--stage", stage, "--preset", "smoke", "--save-every", 3, *STAGE_FLAGS[stage]]
+    whole = copy_of(smoke, tmp_path / "whole", *train.NEEDS[stage])
+    run("train.py", *args, "--out", whole)
+    killed = copy_of(smoke, tmp_path / "killed", *train.NEEDS[stage])
+    process = subprocess.Popen(command("train.py", *args, "--out", killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (killed / f"{stage}.state").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / f"{stage}.safetensors").exists(), "the run ended before it could be killed"
+    assert load_weights(killed / f"{stage}.state")[1]["step"] >= 3
+    with pytest.raises(UserError, match="--resume"):                    # nothing is thrown away by asking again
+        train.main([*map(str, args), "--out", str(killed)])
+    run("train.py", *args, "--out", killed, "--resume")
+    assert (killed / f"{stage}.safetensors").read_bytes() == (whole / f"{stage}.safetensors").read_bytes()
+    logs = [[e for e in map(json.loads, (f / "log.jsonl").read_text().splitlines()) if "step" in e] for f in (whole, killed)]
+    assert [{k: v for k, v in e.items() if k != "seconds"} for e in logs[0]] == [{k: v for k, v in e.items() if k != "seconds"} for e in logs[1]]
+
+
+def test_ctrl_c_says_how_to_go_on(smoke, tmp_path):
+    out = copy_of(smoke, tmp_path / "run", "tokenizer")
+    process = subprocess.Popen(command("train.py", "--stage", "pretrain", "--preset", "smoke", "--steps", 5000, "--out", out), cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--resume" in stderr.splitlines()[-1] and "Traceback" not in stderr
+    assert load_weights(out / "pretrain.state")[1]["step"] >= 1
+
+
+def test_own_pairs_go_through_every_stage(tmp_path):
+    """A folder in the FocusDiff-Data layout, with unpaired prompts mixed in, takes the same path as the embedded pairs."""
+    write_pairs(pairworld(40, "train", 3), tmp_path / "data")
+    (tmp_path / "prompts.txt").write_text("three red circles\nein Hund im Schnee\n", encoding="utf-8")
+    common = ["--preset", "smoke", "--data", tmp_path / "data" / "pairs.json", "--out", tmp_path / "run"]
+    run("train.py", "--stage", "tokenizer", *common)
+    run("train.py", "--stage", "pretrain", *common)
+    run("train.py", "--stage", "reward", *common)
+    run("train.py", "--stage", "ppo", "--prompts", tmp_path / "prompts.txt", "--prompts-share", 0.5, "--advantage", "group", *common)
+    assert (tmp_path / "run" / "ppo.safetensors").exists()
+
+
+def test_sample_draws_a_prompt_and_a_pair(smoke, tmp_path):
+    for n, prompts in ((1, ["three red circles"]), (2, ["three red circles", "two red circles"])):
+        picture = tmp_path / f"{n}.png"
+        sample.main(["--run", str(smoke), *[w for p in prompts for w in ("--prompt", p)], "--n", "2", "--out", str(picture)])
+        assert picture.stat().st_size > 500
+
+
+def test_no_stage_lists_the_stages(capsys):
+    train.main([])
+    assert all(stage in capsys.readouterr().out for stage in train.STAGES)
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--stage", "ppo", "--sample", "3"], "did you mean --samples"),
+    (["--stage", "ppo", "--lr", "fast"], "invalid float value: 'fast'"),
+    (["--stage", "pp0"], "invalid choice: 'pp0'"),
+    (["--lr", "1"], "say which stage"),
+    (["--stage", "ppo", "--advantage", "critic"], "should be one of pair, group"),
+    (["--stage", "ppo", "--pairs", "5", "--minibatches", "2"], "should divide"),
+    (["--stage", "tokenizer", "--steps", "0"], "should be positive"),
+    (["--stage", "tokenizer", "--data", "nowhere.json"], "nowhere.json: no such file"),
+])
+def test_what_is_typed_wrong_is_one_line(args, says, tmp_path):
+    with pytest.raises(UserError, match=says) as error:
+        train.main([*args, "--out", str(tmp_path / "run")] if "--stage" in args else args)
+    assert "\n" not in str(error.value)
+
+
+def test_errors_leave_with_one_line_and_a_status(tmp_path):
+    (tmp_path / "pairs.json").write_text('[{"prompt1": "a",\n oops')
+    done = run("train.py", "--stage", "tokenizer", "--data", tmp_path / "pairs.json", "--out", tmp_path / "run", ok=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "line 2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_truncated_checkpoint_is_named(smoke, tmp_path):
+    out = copy_of(smoke, tmp_path / "run", "tokenizer", "pretrain", "reward")
+    whole = (out / "pretrain.safetensors").read_bytes()
+    (out / "pretrain.safetensors").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="pretrain.safetensors: not a whole checkpoint"):
+        train.main(["--stage", "ppo", "--preset", "smoke", "--out", str(out)])
+
+
+def test_a_model_of_another_tokenizer_is_refused(smoke, tmp_path):
+    out = copy_of(smoke, tmp_path / "run", "tokenizer", "pretrain", "reward")
+    tensors, meta = load_weights(out / "pretrain.safetensors")
+    meta["config"]["image_vocab"] += 1
+    tensors["gen_embed.weight"] = torch.cat([tensors["gen_embed.weight"], tensors["gen_embed.weight"][:1]])
+    for name in ("gen_head.2.weight", "gen_head.2.bias"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+    save_weights(out / "pretrain.safetensors", tensors, **meta)
+    with pytest.raises(UserError, match="codes"):
+        train.main(["--stage", "ppo", "--preset", "smoke", "--out", str(out)])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(smoke, tmp_path):
+    out = copy_of(smoke, tmp_path / "run", "tokenizer")
+    with pytest.raises(UserError, match="pretrain, step .*smaller --lr"):
+        train.main(["--stage", "pretrain", "--preset", "smoke", "--lr", "1e30", "--muon-lr", "0", "--out", str(out)])
+    assert not (out / "pretrain.safetensors").exists()
+
+
+def test_a_full_disk_loses_nothing(smoke, tmp_path, monkeypatch):
+    """The state of step 5 is on disk when the disk fills up at step 10: it must still be whole, and the run goes on from it."""
+    out, calls = copy_of(smoke, tmp_path / "run", "tokenizer"), []
+    real = os.fsync
+
+    def full(fd):
+        calls.append(fd)
+        if len(calls) > 3:                                              # config.json, log.jsonl, the state of step 5
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    args = ["--stage", "pretrain", "--preset", "smoke", "--save-every", "5", "--out", str(out)]
+    with pytest.raises(UserError, match="No space left on device"):
+        train.main(args)
+    monkeypatch.undo()
+    assert load_weights(out / "pretrain.state")[1]["step"] == 5 and not list(out.glob("*.tmp"))
+    train.main([*args, "--resume"])
+    assert (out / "pretrain.safetensors").exists()
+
+
+def test_resuming_with_other_settings_is_refused(smoke, tmp_path, monkeypatch):
+    """A run that goes on with another learning rate is neither run; the message lists what differs."""
+    out = copy_of(smoke, tmp_path / "run", "tokenizer")
+    process = subprocess.Popen(command("train.py", "--stage", "pretrain", "--preset", "smoke", "--steps", 5000, "--save-every", 2, "--out", out), cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "pretrain.state").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with pytest.raises(UserError, match="--lr 0.002 -> 0.5"):
+        train.main(["--stage", "pretrain", "--preset", "smoke", "--steps", "5000", "--lr", "0.5", "--out", str(out), "--resume"])
+
+
+def test_a_finished_stage_is_not_overwritten(smoke):
+    before = (smoke / "ppo.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        train.main(["--stage", "ppo", "--preset", "smoke", "--out", str(smoke)])
+    assert (smoke / "ppo.safetensors").read_bytes() == before
