@@ -14,7 +14,7 @@ import torch
 
 from data import TextTokens, pairworld
 from model import ImageModel, ModelConfig, generate, pick_device, score
-from reward import JudgeConfig, NetworkJudge, build_judge
+from reward import JudgeConfig, NetworkJudge, Judge
 from tokenizer import VQConfig, VQModel, decode_ids, encode_images
 from train import PPO, Pretrain, Reward, Tokenizer
 
@@ -46,7 +46,7 @@ def main(argv=None):
     vq = VQModel(VQConfig(ch=tok.ch, codebook_size=tok.codebook_size, codebook_dim=tok.codebook_dim)).to(device).eval()
     model = ImageModel(ModelConfig(text.vocab_size, tok.codebook_size, pre.n_text, vq.cfg.grid ** 2, pre.n_layer, pre.n_head, pre.n_embd, pre.n_ffn,
                                    tok.codebook_dim)).to(device)
-    judge = NetworkJudge(build_judge(JudgeConfig(text_vocab=text.vocab_size, width=rew.width)), device)
+    judge = NetworkJudge(Judge(JudgeConfig(text_vocab=text.vocab_size, width=rew.width)), device)
     pairs, n = pairworld(ppo.pairs, "train", 0), ppo.pairs * 2 * ppo.samples
     texts = [t for two in pairs.prompts for t in two]
     prompts, empty = (torch.from_numpy(text.prompts(t, pre.n_text)).to(device) for t in (texts, [None]))

@@ -56,9 +56,9 @@ CATEGORIES = {
 # What a caption may leave unsaid: attributes that are named together, count, colour and shape being named always.
 OPTIONAL = {"size": ["size"], "fill": ["fill"], "ref": ["relation", "ref_colour", "ref_shape"], "style": ["style"],
             "letter": ["letter"]}
-# Chance that a caption names an optional part that is not the pair's difference: the prompts of the test are shorter than the captions
-# that a model learns from, as PairComp's are.
-NAME_EXTRA = {"train": 0.6, "test": 0.25}
+# Chance that a caption names an optional part that is not the pair's difference. Captions to learn from are long; prompts, in PPO and
+# in the test, are short, as people's and PairComp's are.
+LONG, SHORT = 0.6, 0.25
 HELD_OUT = 0.2           # share of the (count, colour, shape) combinations that only the test split may draw
 
 RGB = {"red": (230, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 230), "yellow": (250, 210, 0)}
@@ -273,21 +273,21 @@ def _random_pair(rng, name, split):
             return pair
 
 
-def pairworld(n, split, seed):
+def pairworld(n, split, seed, extra=SHORT):
     """n PairWorld pairs, the six categories in turn -> PairSet. split "test": only held-out combinations, and no two pairs with the same
-    prompts; "train": the others."""
+    prompts; "train": the others. extra: chance that a caption names a part it need not."""
     rng = np.random.default_rng([seed, split == "test"])
     prompts, images, categories, seen = [], [], [], set()
     while len(prompts) < n:
         category = list(CATEGORIES)[len(prompts) % len(CATEGORIES)]
         name = str(rng.choice(CATEGORIES[category]))
         first, second = _random_pair(rng, name, split)
-        named = {part for part, names in OPTIONAL.items() if name in names or rng.random() < NAME_EXTRA[split]}
+        named = {part for part, names in OPTIONAL.items() if name in names or rng.random() < extra}
         layout = Layout(int(rng.integers(3)), tuple(rng.permutation(4).tolist()), int(rng.integers(2)), int(rng.integers(2)))
         told = caption(first, named), caption(second, named)
-        if split == "test" and told in seen:
+        if split == "test" and frozenset(told) in seen:
             continue
-        seen.add(told)
+        seen.add(frozenset(told))
         prompts.append(told)
         images.append(np.stack([render(first, layout), render(second, layout)]))
         categories.append(category)
@@ -368,14 +368,14 @@ def read_pairs(path, size):
                 raise UserError(f"{path}: pair {i}: image {file} does not exist")
         prompts.append((entry["prompt1"], entry["prompt2"]))
         images.append(files)
-    return PairSet(prompts, images, [str(entry.get("category", "")) for entry in entries], size)
+    return PairSet(prompts, images, [str(entry.get("category") or "") for entry in entries], size)
 
 
 def read_prompts(path):
     """A text file, a prompt a line -> PairSet without pictures. A lone prompt is a pair with itself: pooling "over the pair" is
     then the vanilla group of GRPO, and nothing after this line has to know."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read as a text file, a prompt a line ({e})") from e
     if not lines:

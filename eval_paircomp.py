@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import (ATTRIBUTES, CATEGORIES, IMAGE_SIZE, TextTokens, UserError, load_image, pairworld, read_caption, read_json,
                   read_scene)
 from model import ImageModel, ModelConfig, generate, pick_device
-from reward import JudgeConfig, NetworkJudge, OracleJudge, build_judge
+from reward import JudgeConfig, NetworkJudge, OracleJudge, Judge
 from tokenizer import VQConfig, VQModel, decode_ids, load_module, load_strictly, load_weights, save_weights, write_atomically
 
 OFFICIAL_NAMES = {"Overall appearance difference": "overall", "Color difference": "color", "Counting difference": "counting",
@@ -228,7 +228,7 @@ def load_judges(run, device):
         cfg = metadata.get(name) or {}
         if set(cfg) != set(asdict(JudgeConfig())):
             raise UserError(f"{path}: its metadata holds no config of the judge {name!r}; not a file of the reward stage")
-        network = load_strictly(build_judge(JudgeConfig(**cfg)), {k.removeprefix(name + "."): v for k, v in own.items()}, path)
+        network = load_strictly(Judge(JudgeConfig(**cfg)), {k.removeprefix(name + "."): v for k, v in own.items()}, path)
         judges[name] = NetworkJudge(network, device)
     if tensors:
         raise UserError(f"{path}: unexpected {some(list(tensors))}")

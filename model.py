@@ -103,7 +103,8 @@ class ImageModel(nn.Module):
 
     def embed_images(self, ids, start=0):
         """Image ids (B, L), the first of them the picture's token number `start` -> (B, L, C)."""
-        x = self.gen_aligner(self.gen_embed(ids))
+        # back to the dtype of embed_tokens: under autocast the residual stream is fp32 in the sampler as in the scorer
+        x = self.gen_aligner(self.gen_embed(ids)).to(self.embed_tokens.weight.dtype)
         return x + self.gen_positions.weight[start:start + ids.shape[1]] if self.cfg.image_positions else x
 
     def hidden(self, x, mask, caches=None, start=0):

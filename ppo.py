@@ -71,7 +71,7 @@ def ppo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, clip, be
 
     logprobs, old_logprobs (the ones stored at the rollout), ref_logprobs (None with beta = 0), weights (B, N); advantages (B,).
     Every picture has N tokens, so that the mean over tokens is also the mean over pictures. -> (loss, {name: value tensor})."""
-    logratio = logprobs - old_logprobs
+    logratio = (logprobs - old_logprobs).clamp(-20, 20)                 # exp(90) * 0 would be NaN
     ratio = logratio.exp()
     a = advantages[:, None]
     surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)

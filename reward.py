@@ -25,104 +25,76 @@ YES, NO = 0, 1                                                          # the tw
 
 @dataclass
 class JudgeConfig:
-    kind: str = "attend"                # attend: words look at the picture; reader: convolutions
+    kind: str = "attend"                # attend: patches and a transformer; convolve: convolutions on both sides
     text_vocab: int = TextTokens().vocab_size
     n_text: int = 160
     width: int = 96
     n_layer: int = 2
     n_head: int = 4
-    grid: int = 8                       # the picture is looked at as grid x grid patches
-    patch: int = 4                      # of patch x patch pixels
+    grid: int = 4                       # the picture is looked at as grid x grid patches
+    patch: int = 8                      # of patch x patch pixels, PairWorld's cells
 
 
-class AttendLayer(nn.Module):
-    """Words look at each other, then at the picture."""
+class ReadLayer(nn.Module):
+    """Words look at each other: a layer of a transformer's encoder."""
 
-    def __init__(self, cfg):
+    def __init__(self, c, n_head):
         super().__init__()
-        c, self.n_head = cfg.width, cfg.n_head
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(c) for _ in range(3))
-        self.qkv, self.out1 = nn.Linear(c, 3 * c), nn.Linear(c, c)
-        self.q, self.kv, self.out2 = nn.Linear(c, c), nn.Linear(c, 2 * c), nn.Linear(c, c)
+        self.n_head = n_head
+        self.norm1, self.norm2 = nn.LayerNorm(c), nn.LayerNorm(c)
+        self.qkv, self.out = nn.Linear(c, 3 * c), nn.Linear(c, c)
         self.mlp = nn.Sequential(nn.Linear(c, 2 * c), nn.GELU(), nn.Linear(2 * c, c))
 
-    def attend(self, q, k, v, mask=None):
-        q, k, v = (rearrange(t, "b l (h d) -> b h l d", h=self.n_head) for t in (q, k, v))
-        return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h l d -> b l (h d)")
-
-    def forward(self, x, picture, mask):
-        x = x + self.out1(self.attend(*self.qkv(self.norm1(x)).chunk(3, -1), mask))
-        x = x + self.out2(self.attend(self.q(self.norm2(x)), *self.kv(picture).chunk(2, -1)))
-        return x + self.mlp(self.norm3(x))
+    def forward(self, x, real):
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=self.n_head)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
+        x = x + self.out(rearrange(seen, "b h l d -> b l (h d)"))
+        return x + self.mlp(self.norm2(x))
 
 
-class AttendJudge(nn.Module):
-    """Cross-attention from the prompt's tokens to the picture's 8x8 features. Each token says how well the picture bears it out."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.patches = nn.Conv2d(3, cfg.width, cfg.patch, stride=cfg.patch)
-        self.mix, self.words = ResBlock(cfg.width, cfg.width, 8), nn.Embedding(cfg.text_vocab, cfg.width)
-        self.places = nn.Parameter(0.5 * torch.randn(cfg.grid ** 2, cfg.width))
-        self.order = nn.Parameter(0.5 * torch.randn(cfg.n_text, cfg.width))
-        self.norm = nn.LayerNorm(cfg.width)
-        self.layers = nn.ModuleList(AttendLayer(cfg) for _ in range(cfg.n_layer))
-        self.support = nn.Sequential(nn.LayerNorm(cfg.width), nn.Linear(cfg.width, 1))
-        nn.init.constant_(self.support[1].bias, 3.0)                    # starts near P(yes) = 1/2 for a dozen tokens
-
-    def look(self, picture):
-        """(B, 3, H, W) -> features (B, grid*grid, width)."""
-        return self.norm(rearrange(self.mix(self.patches(picture)), "b c h w -> b (h w) c") + self.places)
-
-    def forward(self, features, prompts):
-        """Features of `look`, prompts (B, T) padded on the left -> logits (B, 2) of yes and no."""
-        x = self.words(prompts) + self.order[-prompts.shape[1]:]        # counted from the end, so that padding moves nothing
-        real = prompts != TextTokens.pad
-        for layer in self.layers:
-            x = layer(x, features, real[:, None, None])
-        return all_supported(self.support(x)[..., 0], real)
-
-
-class ReaderJudge(nn.Module):
-    """A convolutional pyramid looks at the picture, convolutions read the prompt; each word, knowing its neighbours, then looks once."""
+class Judge(nn.Module):
+    """What both judges share. They look at a picture once and read a prompt once, whatever they are paired with; then each word, knowing
+    its neighbours, looks at the picture and says how well it is borne out."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, c = cfg, cfg.width
-        self.stem = nn.Sequential(nn.Conv2d(3, c // 2, 4, stride=2, padding=1), nn.SiLU(), Resample(c // 2, down=True), nn.SiLU(),
-                                  ResBlock(c // 2, c, 8))
-        self.places = nn.Parameter(0.5 * torch.randn(c, cfg.grid, cfg.grid))
+        self.places = nn.Parameter(0.5 * torch.randn(cfg.grid ** 2, c))
         self.words = nn.Embedding(cfg.text_vocab, c, padding_idx=TextTokens.pad)
-        self.reader = nn.ModuleList(nn.Conv1d(c, c, 5, padding=2) for _ in range(cfg.n_layer))
         self.norm = nn.LayerNorm(c)
         self.attention = nn.MultiheadAttention(c, cfg.n_head, batch_first=True)
         self.support = nn.Sequential(nn.LayerNorm(2 * c), nn.Linear(2 * c, 2 * c), nn.GELU(), nn.Linear(2 * c, 1))
-        nn.init.constant_(self.support[-1].bias, 3.0)
+        nn.init.constant_(self.support[-1].bias, 3.0)                   # starts near P(yes) = 1/2 for a dozen tokens
+        if cfg.kind == "attend":                        # patches, and a transformer
+            self.eye = nn.Sequential(nn.Conv2d(3, c, cfg.patch, stride=cfg.patch), ResBlock(c, c, 8, kernel=1), ResBlock(c, c, 8, kernel=1))
+            self.order = nn.Parameter(0.5 * torch.randn(cfg.n_text, c))
+            self.layers = nn.ModuleList(ReadLayer(c, cfg.n_head) for _ in range(cfg.n_layer))
+        else:                                           # convolutions on both sides
+            self.eye = nn.Sequential(nn.Conv2d(3, c // 2, 4, stride=2, padding=1), nn.SiLU(), Resample(c // 2, down=True),
+                                     ResBlock(c // 2, c, 8), Resample(c, down=True))                    # patch = 8 pixels
+            self.layers = nn.ModuleList(nn.Conv1d(c, c, 5, padding=2) for _ in range(cfg.n_layer))
 
     def look(self, picture):
         """(B, 3, H, W) -> features (B, grid*grid, width)."""
-        return self.norm(rearrange(self.stem(picture) + self.places, "b c h w -> b (h w) c"))
+        return self.norm(rearrange(self.eye(picture), "b c h w -> b (h w) c") + self.places)
 
-    def forward(self, features, prompts):
-        """Features of `look`, prompts (B, T) padded on the left -> logits (B, 2) of yes and no."""
-        real = prompts != TextTokens.pad
-        told = self.words(prompts)                                                                      # (B, T, C)
-        for conv in self.reader:                        # pads stay zero, as what lies beyond the first word is
-            told = (told + F.gelu(conv(told.mT)).mT) * real[..., None]
+    def read(self, prompts):
+        """Prompts (B, T), padded on the left -> words in context (B, T, width). Padding moves nothing."""
+        x, real = self.words(prompts), prompts != TextTokens.pad
+        if self.cfg.kind == "attend":
+            x = x + self.order[-prompts.shape[1]:]                      # counted from the end
+        for layer in self.layers:                       # for the convolutions pads stay zero, as what lies beyond the first word is
+            x = layer(x, real) if self.cfg.kind == "attend" else (x + F.gelu(layer(x.mT)).mT) * real[..., None]
+        return x
+
+    def forward(self, features, told, real):
+        """Features of `look`, words of `read`, real (B, T) bool: no padding -> logits (B, 2) of yes and no.
+
+        P(yes) = product over a prompt's tokens of sigmoid(support): one word that the picture does not bear out is enough for a no."""
         seen = self.attention(told, features, features, need_weights=False)[0]
-        return all_supported(self.support(torch.cat([told, seen], -1))[..., 0], real)
-
-
-def all_supported(support, real):
-    """P(yes) = product over a prompt's tokens of sigmoid(support): one word that the picture does not bear out is enough for a no.
-    support (B, T), real (B, T) bool -> logits (B, 2) of yes and no."""
-    log_yes = (F.logsigmoid(support.float()) * real).sum(-1).clamp(max=-1e-6)
-    return torch.stack([log_yes, torch.log(-torch.expm1(log_yes))], -1)
-
-
-def build_judge(cfg):
-    return {"attend": AttendJudge, "reader": ReaderJudge}[cfg.kind](cfg)
+        support = self.support(torch.cat([told, seen], -1))[..., 0]                                     # (B, T)
+        log_yes = (F.logsigmoid(support.float()) * real).sum(-1).clamp(max=-1e-6)
+        return torch.stack([log_yes, torch.log(-torch.expm1(log_yes))], -1)
 
 
 class NetworkJudge:
@@ -135,8 +107,10 @@ class NetworkJudge:
     def score(self, images, prompts, batch=256):
         """images (B, H, W, 3) uint8, prompts B strings -> R (B,) fp32 on the CPU."""
         ids = torch.from_numpy(self.text.prompts(prompts, self.network.cfg.n_text))
-        out = [answer_probability(self.network(self.network.look(from_pixels(images[i:i + batch], self.device)), ids[i:i + batch].to(self.device)))
-               for i in range(0, len(images), batch)]
+        network, out = self.network, []
+        for x, t in zip(torch.from_numpy(images).split(batch), ids.split(batch)):
+            t = t.to(self.device)
+            out.append(answer_probability(network(network.look(from_pixels(x.numpy(), self.device)), network.read(t), t != TextTokens.pad)))
         return torch.cat(out).cpu()
 
 
@@ -157,24 +131,44 @@ def answer_probability(logits):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def judge_loss(network, pictures, prompts):
-    """Each picture of P pairs with its own and with its twin's prompt. pictures (P, 2, 3, H, W), prompts (P, 2, T) -> (loss, accuracy).
+def splice(pictures, rng):
+    """Pictures that are neither of the twins': each block of them from the one or the other, by chance.
 
-    The loss is the cross-entropy of the four answers, which is what calibrates R, plus that of choosing a picture's own prompt from
-    the two: there everything that the twins share cancels, and the one detail that they do not is learned sooner."""
-    features = network.look(pictures.flatten(0, 1)).repeat_interleave(2, 0)                             # (4P, ...): each looked at once
-    logits = network(features, repeat(prompts, "p t l -> (p i t) l", i=2)).float()                      # (4P, 2)
-    margin = (logits[:, YES] - logits[:, NO]).view(-1, 2, 2)                                            # (P, picture, prompt)
-    own = torch.eye(2, dtype=torch.bool, device=margin.device).expand_as(margin)                        # yes on the diagonal
+    pictures (P, 2, 3, H, W) -> spliced (P, 1, 3, H, W), and whether it happens to equal the twins' (P, 2) bool. Pairs alone never show a
+    judge two red circles and a blue one; a policy does, and is paid for it by a judge that has not learned to say no."""
+    grid = int(rng.choice([4, 8]))                                                                      # whole objects or parts of them
+    mask = torch.from_numpy(rng.random((len(pictures), 1, grid, grid)) < 0.5).to(pictures.device)
+    mask = mask.repeat_interleave(pictures.shape[-2] // grid, -2).repeat_interleave(pictures.shape[-1] // grid, -1)
+    spliced = torch.where(mask, pictures[:, 0], pictures[:, 1])[:, None]                                # (P, 1, 3, H, W)
+    return spliced, (spliced == pictures).flatten(2).all(-1)
+
+
+def judge_loss(network, pictures, prompts, rng, splices):
+    """Each picture of P pairs, and with `splices` a splice of the two, with both prompts. pictures (P, 2, 3, H, W), prompts (P, 2, T) ->
+    (loss, accuracy).
+
+    The loss is the cross-entropy of the answers, which is what calibrates R, plus that of choosing a picture's own prompt from the
+    two: there everything that the twins share cancels, and the one detail that they do not is learned sooner."""
+    own = torch.eye(2, dtype=torch.bool, device=pictures.device).expand(len(pictures), 2, 2)            # (P, picture, prompt)
+    if splices:
+        spliced, equal = splice(pictures, rng)
+        pictures, own = torch.cat([pictures, spliced], 1), torch.cat([own, equal[:, None]], 1)          # K = 3 pictures a pair
+    k, t = pictures.shape[1], prompts.flatten(0, 1)
+    features = network.look(pictures.flatten(0, 1)).repeat_interleave(2, 0)                             # (P*K*2, ...)
+    told, real = (repeat(x, "(p t) ... -> (p k t) ...", k=k, t=2) for x in (network.read(t), t != TextTokens.pad))
+    logits = network(features, told, real).float()                                                      # (P*K*2, 2)
+    margin = (logits[:, YES] - logits[:, NO]).view_as(own)
     answers = F.cross_entropy(logits, torch.where(own.flatten(), YES, NO))
-    choice = F.cross_entropy(margin.flatten(0, 1), torch.arange(2, device=margin.device).repeat(len(margin)))
+    choice = F.cross_entropy(margin[:, :2].flatten(0, 1), torch.arange(2, device=own.device).repeat(len(own)))
     return answers + choice, ((margin > 0) == own).float().mean().detach()
 
 
 def calibration_error(probability, truth, bins=10):
-    """Expected calibration error: the mean over equally filled bins of |mean P(yes) - share of yes|. Two (M,) arrays -> float."""
-    order = np.argsort(probability, kind="stable")
-    return float(sum(abs(probability[i].mean() - truth[i].mean()) * len(i) for i in np.array_split(order, bins)) / len(order))
+    """Expected calibration error: over `bins` equal intervals of P(yes), the mean of |mean P(yes) - share of yes|, each interval counted
+    by its answers. Two (M,) arrays -> float."""
+    place = np.minimum((probability * bins).astype(int), bins - 1)
+    gaps = [abs(probability[place == i].mean() - truth[place == i].mean()) * (place == i).sum() for i in np.unique(place)]
+    return float(sum(gaps) / len(probability))
 
 
 def judge_report(judge, images, pairs):

@@ -162,7 +162,8 @@ class VectorQuantizer(nn.Module):
     def ids(self, z, preference=0.0):
         """Unit latents (B, D, h, w) -> ids (B, N) int64 of the codes of largest cosine plus preference (a number or (V,))."""
         flat = rearrange(z, "b d h w -> b (h w) d").float()
-        return (flat @ F.normalize(self.embedding.weight, dim=-1).T + preference).argmax(-1)
+        with torch.autocast(z.device.type, enabled=False):              # bf16 would round two near codes to one cosine
+            return (flat @ F.normalize(self.embedding.weight, dim=-1).T + preference).argmax(-1)
 
     def codes(self, ids, grid):
         """ids (B, N) -> unit codes (B, D, h, w)."""
@@ -296,7 +297,8 @@ def write_atomically(path, data):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise UserError(f"{path}: cannot be saved ({e.strerror}); the last saved one is untouched. Make room, then --resume") from e
 
 
@@ -310,7 +312,7 @@ def load_weights(path):
     """A file of `save_weights` -> ({name: CPU tensor}, metadata). UserError if it is missing, truncated or something else."""
     try:
         with safe_open(path, "pt", device="cpu") as f:
-            metadata = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+            metadata = {k: v if k == "format" else json.loads(v) for k, v in (f.metadata() or {}).items()}
             return {k: f.get_tensor(k) for k in f.keys()}, metadata
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train that stage first") from None

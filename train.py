@@ -32,13 +32,13 @@ import torch
 from einops import rearrange, repeat
 from tqdm import tqdm
 
-from data import (ATTRIBUTES, PairSet, TextTokens, UserError, difference_mask, pairworld, picture_grid, read_json, read_pairs, read_prompts,
+from data import (ATTRIBUTES, LONG, SHORT, PairSet, TextTokens, UserError, difference_mask, pairworld, picture_grid, read_json, read_pairs, read_prompts,
                   read_scene)
 from eval_paircomp import (benchmark_pairs, category_means, divergence_auc, format_before_after, generate_images, load_judges, load_policy,
                            paircomp, save_judges)
 from model import ImageModel, ModelConfig, generate, pick_device, prompt_divergence, score
 from ppo import TWIN_TRUTH, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, ppo_loss
-from reward import JudgeConfig, NetworkJudge, build_judge, judge_loss, judge_report
+from reward import JudgeConfig, NetworkJudge, Judge, judge_loss, judge_report
 from tokenizer import (VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels, kmeans_codes, load_module, load_strictly,
                        load_weights, save_weights, to_pixels, update_codebook, vq_loss, write_atomically)
 
@@ -59,6 +59,7 @@ class Common:
     compile: bool = flag(False, "torch.compile the transformer")
     data: str = flag("", "pairs.json in the FocusDiff-Data layout; empty is PairWorld")
     n_pairs: int = flag(12000, "how many PairWorld pairs to train on")
+    extra: float = flag(LONG, "chance that a PairWorld caption names a part that is not the pair's difference")
     save_every: int = flag(100, "steps between saved states")
 
 
@@ -96,18 +97,20 @@ class Pretrain(Common):
 
 @dataclass
 class Reward(Common):
-    steps: int = flag(1500, "optimizer steps")
-    batch: int = flag(16, "pairs a step; each makes two yes and two no")
-    lr: float = flag(2e-3, "peak learning rate of AdamW")
-    muon_lr: float = flag(0.02, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
+    steps: int = flag(1000, "optimizer steps")
+    batch: int = flag(32, "pairs a step; each makes two yes and two no")
+    lr: float = flag(1e-3, "peak learning rate of AdamW")
+    muon_lr: float = flag(0.005, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
     warmup: int = flag(50, "steps of rising learning rate")
     decay: float = flag(0.5, "last share of the steps, over which the learning rate falls")
     weight_decay: float = flag(0.01, "AdamW")
+    splices_from: int = flag(500, "step from which splices of a pair's pictures are shown too, see reward.splice")
     width: int = flag(96, "width of the judges")
 
 
 @dataclass
 class PPO(Common):
+    extra: float = flag(SHORT, Common.__dataclass_fields__["extra"].metadata["help"] + "; prompts are shorter than captions")
     prompts: str = flag("", "a text file of unpaired prompts to mix in, a prompt a line")
     prompts_share: float = flag(0.25, "share of the step's pairs that are unpaired prompts, with --prompts")
     steps: int = flag(150, "rollouts")
@@ -213,7 +216,7 @@ def schedule(cfg, step):
 
 
 def training_pairs(cfg, image_size):
-    return read_pairs(cfg.data, image_size) if cfg.data else pairworld(cfg.n_pairs, "train", cfg.seed)
+    return read_pairs(cfg.data, image_size) if cfg.data else pairworld(cfg.n_pairs, "train", cfg.seed, cfg.extra)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,7 +467,7 @@ def train_reward(cfg, resume):
     codes = encode_pairs(vq, pairs, device)
     torch.manual_seed(cfg.seed)
     shape = dict(text_vocab=TextTokens().vocab_size, width=cfg.width, grid=vq.cfg.grid, patch=vq.cfg.image_size // vq.cfg.grid)
-    judges = {name: build_judge(JudgeConfig(kind=kind, **shape)).to(device) for name, kind in (("train", "attend"), ("heldout", "reader"))}
+    judges = {name: Judge(JudgeConfig(kind=kind, **shape)).to(device) for name, kind in (("train", "attend"), ("heldout", "convolve"))}
     loop = Loop("reward", cfg, resume, judges, muon_and_adamw(judges.values(), cfg))
     for step in loop:
         losses, rights = {}, {}
@@ -477,7 +480,7 @@ def train_reward(cfg, resume):
                 x[:half] = vq.decode(codes[chosen[:half]].to(device).flatten(0, 1)).clamp(-1, 1).view_as(x[:half])
             prompts = tokens_of([text for i in chosen for text in pairs.prompts[i]], judge.cfg.n_text, device)
             with autocast(cfg, device):
-                losses[name], rights[name] = judge_loss(judge, x, rearrange(prompts, "(p i) t -> p i t", i=2))
+                losses[name], rights[name] = judge_loss(judge, x, rearrange(prompts, "(p i) t -> p i t", i=2), rng, splices=step >= cfg.splices_from)
         norm = loop.update(step, sum(losses.values()), grad_clip=2.0)
         loop.log(step, ("loss_train", "loss_heldout"), grad_norm=norm, **{f"loss_{k}": v for k, v in losses.items()}, **{f"accuracy_{k}": v for k, v in rights.items()})
     test = pairworld(300, "test", 2) if not cfg.data else pairs
@@ -685,7 +688,7 @@ def main(argv=None):
         print(f"{', '.join(missing)}: missing in {out}, trained first.")
     config = read_json(out / "config.json", "config of the run") if (out / "config.json").exists() else {}
     for name in [*missing, stage]:
-        shared = {f.name: getattr(cfg, f.name) for f in fields(Common)}
+        shared = {f.name: getattr(cfg, f.name) for f in fields(Common) if f.name != "extra"}            # which belongs to a stage
         own = cfg if name == stage else replace(STAGES[name](), **{**PRESETS[preset][name], **shared})
         config[name] = asdict(own) | {"torch": torch.__version__}
         write_atomically(out / "config.json", json.dumps(config, indent=1).encode())

@@ -310,7 +310,7 @@ def test_the_oracle_scores_without_a_run(tmp_path):
 
 def test_a_prompt_that_is_too_long_stops_before_the_first_picture(run, tmp_path):
     prompts = write(tmp_path / "p.json", [{"category": OFFICIAL[0], "caption1": "short", "caption2": "long " * 40}])
-    with pytest.raises(UserError, match="longer than the context of 48"):
+    with pytest.raises(UserError, match="longer than the context of 160"):
         ev.main(["--generate", "--run", str(run), "--prompts", prompts, "--images", str(tmp_path / "images"), "--device", "cpu"])
     assert names(tmp_path / "images") == []
 

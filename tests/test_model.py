@@ -214,6 +214,26 @@ def test_logits_of_all_tokens_never_live_at_once(net):
     assert seen.largest == all_logits                                                           # the watcher does see them
 
 
+def saved_logits(net, chunk):
+    """How many fp32 elements with a last dimension of V a forward of `score` keeps for its backward."""
+    kept = []
+
+    def pack(t):
+        if t.dtype == torch.float32 and t.dim() and t.shape[-1] == CFG.image_vocab:
+            kept.append(t.numel())
+        return t
+    tokens = torch.randint(CFG.image_vocab, (6, CFG.n_image), generator=seeded(14))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        m.score(net, EQUAL.repeat(3, 1), tokens, EMPTY, 3.0, chunk=chunk)
+    return sum(kept)
+
+
+def test_chunks_keep_no_logits_for_the_backward(net):
+    """Small chunks alone are not enough: autograd would keep the logits of all of them."""
+    assert saved_logits(net, 7) < 7 * CFG.image_vocab
+    assert saved_logits(net, 10 ** 6) >= 6 * CFG.n_image * CFG.image_vocab
+
+
 # --- where the two prompts differ
 
 def js_slow(net, one, two, tokens):

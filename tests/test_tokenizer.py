@@ -88,11 +88,24 @@ def test_the_real_tokenizer_has_llamagens_shape_and_names():
     assert not any(f"{part}.conv_blocks.{end}" in k for k in state for part, end in (("encoder", "4.downsample"), ("decoder", "4.upsample")))
 
 
+def test_halving_pads_right_and_below_as_the_original_does():
+    """Symmetric padding has the same shapes and loads the same weights, and shifts every picture by a pixel."""
+    down, x = tk.Resample(3, down=True), torch.randn(1, 3, 6, 6)
+    with torch.no_grad():
+        got, weight, bias = down(x)[0], down.conv.weight, down.conv.bias
+    assert got.shape == (3, 3, 3)
+    for y in range(3):
+        for column in range(3):
+            window = x[0, :, 2 * y:2 * y + 3, 2 * column:2 * column + 3]                          # cut off at the right and below
+            part = weight[:, :, :window.shape[1], :window.shape[2]]
+            assert got[:, y, column].allclose((part * window).sum((1, 2, 3)) + bias, atol=1e-5)
+
+
 # --- training
 
 def test_the_straight_through_gradient_reaches_the_encoder_and_not_the_code_book(vq):
     x = torch.rand(2, 3, 16, 16) * 2 - 1
-    loss, z, ids, picture = tk.vq_loss(vq, x, quantized=True, commitment=0.0, bonus=0.0)
+    loss, z, ids, picture = tk.vq_loss(vq, x, quantized=True, commitment=0.0)
     loss.backward()
     assert vq.encoder.conv_in.weight.grad.abs().sum() > 0 and vq.quantize.embedding.weight.grad is None
     assert ids.equal(vq.encode(x)) and picture.allclose(vq.decode(ids), atol=1e-5)                 # the forward is the quantized one
@@ -100,18 +113,12 @@ def test_the_straight_through_gradient_reaches_the_encoder_and_not_the_code_book
 
 def test_commitment_pulls_latents_to_their_codes(vq):
     x = torch.rand(2, 3, 16, 16) * 2 - 1
-    without, z, ids, _ = tk.vq_loss(vq, x, True, 0.0, 0.0)
-    with_it = tk.vq_loss(vq, x, True, 0.25, 0.0)[0]
+    without, z, ids, _ = tk.vq_loss(vq, x, True, 0.0)
+    with_it = tk.vq_loss(vq, x, True, 0.25)[0]
     codes = vq.quantize.codes(ids, vq.cfg.grid)
     assert (with_it - without).item() == pytest.approx(0.25 * (2 - 2 * (z * codes).sum(1)).mean().item(), abs=1e-5)   # |a-b|^2 of unit vectors
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="the default bonus, None, cannot be added to the similarities")
-def test_the_bonus_may_be_left_out(vq):
-    assert tk.vq_loss(vq, torch.zeros(1, 3, 16, 16), quantized=True, commitment=0.25)[0].isfinite()
-
-
-@pytest.mark.xfail(strict=True, reason="autocast makes the similarities bf16, whatever .float() says; 1.5 % of the ids differ")
 def test_ids_do_not_depend_on_autocast(vq):
     """Training and encoding have to agree about which code is nearest."""
     codebook, z = unit(256, 8), unit(64, 8, 8, 8, seed=1, dim=1)
@@ -213,7 +220,6 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         tk.load_module(tmp_path / "nowhere.safetensors", VQModel, VQConfig)
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="metadata that is not JSON is taken for a damaged file")
 def test_weights_that_others_have_saved_can_be_read(tmp_path):
     """Every safetensors file of Hugging Face says {"format": "pt"}, the real weights too."""
     (tmp_path / "t.safetensors").write_bytes(safetensors.torch.save({"a": torch.ones(2)}, {"format": "pt"}))
