@@ -70,8 +70,8 @@ class Judge(nn.Module):
             self.order = nn.Parameter(0.5 * torch.randn(cfg.n_text, c))
             self.layers = nn.ModuleList(ReadLayer(c, cfg.n_head) for _ in range(cfg.n_layer))
         else:                                           # convolutions on both sides
-            self.eye = nn.Sequential(nn.Conv2d(3, c // 2, 4, stride=2, padding=1), nn.SiLU(), Resample(c // 2, down=True),
-                                     ResBlock(c // 2, c, 8), Resample(c, down=True))                    # patch = 8 pixels
+            self.eye = nn.Sequential(nn.Conv2d(3, c, cfg.patch // 2, stride=cfg.patch // 2), ResBlock(c, c, 8), Resample(c, down=True),
+                                     ResBlock(c, c, 8, kernel=1))
             self.layers = nn.ModuleList(nn.Conv1d(c, c, 5, padding=2) for _ in range(cfg.n_layer))
 
     def look(self, picture):

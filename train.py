@@ -80,10 +80,10 @@ class Tokenizer(Common):
 
 @dataclass
 class Pretrain(Common):
-    steps: int = flag(950, "optimizer steps")
+    steps: int = flag(650, "optimizer steps")
     batch: int = flag(32, "pictures a step")
-    lr: float = flag(2e-3, "peak learning rate of AdamW, for embeddings, norms and the head")
-    muon_lr: float = flag(0.02, "peak learning rate of Muon, for the layers' matrices; 0 leaves them to AdamW")
+    lr: float = flag(1e-3, "peak learning rate of AdamW, for embeddings, norms and the head")
+    muon_lr: float = flag(0.007, "peak learning rate of Muon, for the layers' matrices; 0 leaves them to AdamW")
     warmup: int = flag(50, "steps of rising learning rate")
     decay: float = flag(0.5, "last share of the steps, over which the learning rate falls")
     weight_decay: float = flag(0.01, "of both")
@@ -113,12 +113,12 @@ class PPO(Common):
     extra: float = flag(SHORT, Common.__dataclass_fields__["extra"].metadata["help"] + "; prompts are shorter than captions")
     prompts: str = flag("", "a text file of unpaired prompts to mix in, a prompt a line")
     prompts_share: float = flag(0.25, "share of the step's pairs that are unpaired prompts, with --prompts")
-    steps: int = flag(150, "rollouts")
+    steps: int = flag(250, "rollouts")
     pairs: int = flag(6, "pairs of prompts a rollout (P)")
     samples: int = flag(12, "pictures a prompt (G)")
     minibatches: int = flag(2, "optimizer steps an epoch; pairs are kept whole")
     epochs: int = flag(1, "passes over a rollout")
-    lr: float = flag(1e-4, "peak learning rate")
+    lr: float = flag(2e-4, "peak learning rate")
     warmup: int = flag(10, "rollouts of rising learning rate")
     decay: float = flag(0.3, "last share of the rollouts, over which the learning rate falls")
     grad_clip: float = flag(1.0, "largest gradient norm")
@@ -466,7 +466,7 @@ def train_reward(cfg, resume):
     pairs = training_pairs(cfg, vq.cfg.image_size)
     codes = encode_pairs(vq, pairs, device)
     torch.manual_seed(cfg.seed)
-    shape = dict(text_vocab=TextTokens().vocab_size, width=cfg.width, grid=vq.cfg.grid, patch=vq.cfg.image_size // vq.cfg.grid)
+    shape = dict(width=cfg.width, grid=vq.cfg.image_size // JudgeConfig.patch)
     judges = {name: Judge(JudgeConfig(kind=kind, **shape)).to(device) for name, kind in (("train", "attend"), ("heldout", "convolve"))}
     loop = Loop("reward", cfg, resume, judges, muon_and_adamw(judges.values(), cfg))
     for step in loop:
