@@ -3,7 +3,7 @@
     python data.py --write pairs --n 60        # PairWorld pairs as a folder in the FocusDiff-Data layout
     python data.py --picture pairworld.png     # one pair of each category, with the true difference mask
 
-PairWorld is a procedural world in which FocusDiff's whole story happens on two CPU cores (DESIGN section 3).
+PairWorld is a procedural world in which FocusDiff's whole story happens on two CPU cores.
 A picture is 32x32 pixels, 4x4 cells of 8x8. One to four equal objects stand in a 2x2 block of cells; a reference
 object on a black tile stands on the other side of the picture; a letter stands in a corner beside the reference.
 The two pictures of a pair share everything that their prompts do not tell apart.
@@ -58,7 +58,7 @@ OPTIONAL = {"size": ["size"], "fill": ["fill"], "ref": ["relation", "ref_colour"
             "letter": ["letter"]}
 # Chance that a caption names an optional part that is not the pair's difference. Captions to learn from are long; prompts, in PPO and
 # in the test, are short, as people's and PairComp's are.
-LONG, SHORT = 0.6, 0.25
+LONG, SHORT = 0.6, 0.1
 HELD_OUT = 0.2           # share of the (count, colour, shape) combinations that only the test split may draw
 
 RGB = {"red": (230, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 230), "yellow": (250, 210, 0)}
@@ -274,13 +274,17 @@ def _random_pair(rng, name, split):
 
 
 def pairworld(n, split, seed, extra=SHORT):
-    """n PairWorld pairs, the six categories in turn -> PairSet. split "test": only held-out combinations, and no two pairs with the same
-    prompts; "train": the others. extra: chance that a caption names a part it need not."""
+    """n PairWorld pairs -> PairSet. split "test": held-out combinations, the six categories in turn as in PairComp's average, no two pairs
+    with the same prompts. split "train": the other combinations, the ten attributes in turn, so that each is told apart equally
+    often. extra: chance that a caption names a part it need not."""
+    attributes = {name: category for category, names in CATEGORIES.items() for name in names}
     rng = np.random.default_rng([seed, split == "test"])
     prompts, images, categories, seen = [], [], [], set()
     while len(prompts) < n:
-        category = list(CATEGORIES)[len(prompts) % len(CATEGORIES)]
-        name = str(rng.choice(CATEGORIES[category]))
+        if split == "train":
+            name = list(attributes)[len(prompts) % len(attributes)]
+        else:
+            name = str(rng.choice(CATEGORIES[list(CATEGORIES)[len(prompts) % len(CATEGORIES)]]))
         first, second = _random_pair(rng, name, split)
         named = {part for part, names in OPTIONAL.items() if name in names or rng.random() < extra}
         layout = Layout(int(rng.integers(3)), tuple(rng.permutation(4).tolist()), int(rng.integers(2)), int(rng.integers(2)))
@@ -290,7 +294,7 @@ def pairworld(n, split, seed, extra=SHORT):
         seen.add(frozenset(told))
         prompts.append(told)
         images.append(np.stack([render(first, layout), render(second, layout)]))
-        categories.append(category)
+        categories.append(attributes[name])
     return PairSet(prompts, np.stack(images), categories)
 
 

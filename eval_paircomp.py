@@ -163,7 +163,7 @@ def some(problems, most=5):
 
 
 def read_scores(path, n_pairs):
-    """The official score layout (DESIGN section 4) -> (P, 4) in the order (prompt, picture) 00 01 10 11. One UserError lists all
+    """The official score layout (README) -> (P, 4) in the order (prompt, picture) 00 01 10 11. One UserError lists all
     that is wrong: a mean over the scores that happen to be there would look like a result."""
     entries = read_json(path, "PairComp scores")
     if not isinstance(entries, dict):

@@ -257,8 +257,8 @@ def score(model, prompts, tokens, empty=None, guidance=1.0, temperature=1.0, chu
 
 @torch.no_grad()
 def prompt_divergence(model, prompts, twins, tokens, empty=None, guidance=1.0, temperature=1.0, chunk=8192):
-    """D_t = JS( pi(.|o_<t, T) , pi(.|o_<t, T') ): where on the picture the two prompts of a pair tell different things (DESIGN
-    section 2). It depends on the prefix alone, not on the sampled token, so a weight made of it leaves the baseline unbiased.
+    """D_t = JS( pi(.|o_<t, T) , pi(.|o_<t, T') ): where on the picture the two prompts of a pair tell different things. It
+    depends on the prefix alone, not on the sampled token, so a weight made of it leaves the baseline unbiased.
 
     prompts (B, T), twins (B, T'), tokens (B, N) -> (B, N) fp32 in nats, 0..log 2."""
     hidden = [image_hidden(model, prompts, tokens), image_hidden(model, twins, tokens)]

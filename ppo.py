@@ -1,4 +1,4 @@
-"""The difference-aware PPO objective, as pure functions of tensors (DESIGN section 2; FocusDiff, arXiv 2506.05501, Pair-GRPO).
+"""The difference-aware PPO objective, as pure functions of tensors (FocusDiff, arXiv 2506.05501, Pair-GRPO).
 
 There is no critic. A picture is judged once, when its last token is drawn, so that a value network would have to guess that one
 number from half-drawn pictures; the mean reward of the other samples of the same pair is an unbiased baseline that costs nothing.
@@ -64,7 +64,7 @@ def k3(ref_logprobs, logprobs):
 
 
 def ppo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, clip, beta):
-    """The clipped objective (DESIGN section 2; Schulman et al. 2017, eq. 7; k3 as in GRPO, eq. 4).
+    """The clipped objective (Schulman et al. 2017, eq. 7; k3 as in GRPO, eq. 4).
 
         ratio_t = exp(log pi(o_t) - log pi_old(o_t))
         loss = - mean_t w_t min(ratio_t A, clip(ratio_t, 1 - eps, 1 + eps) A)  +  beta mean_t k3_t

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from data import ATTRIBUTES, TextTokens, read_caption, read_scene
+from data import ATTRIBUTES, TextTokens, UserError, read_caption, read_scene
 from tokenizer import ResBlock, Resample, from_pixels
 
 YES, NO = 0, 1                                                          # the two answers of a judge's head
@@ -69,10 +69,13 @@ class Judge(nn.Module):
             self.eye = nn.Sequential(nn.Conv2d(3, c, cfg.patch, stride=cfg.patch), ResBlock(c, c, 8, kernel=1), ResBlock(c, c, 8, kernel=1))
             self.order = nn.Parameter(0.5 * torch.randn(cfg.n_text, c))
             self.layers = nn.ModuleList(ReadLayer(c, cfg.n_head) for _ in range(cfg.n_layer))
-        else:                                           # convolutions on both sides
+        elif cfg.kind == "convolve":                    # convolutions on both sides
             self.eye = nn.Sequential(nn.Conv2d(3, c, cfg.patch // 2, stride=cfg.patch // 2), ResBlock(c, c, 8), Resample(c, down=True),
                                      ResBlock(c, c, 8, kernel=1))
             self.layers = nn.ModuleList(nn.Conv1d(c, c, 5, padding=2) for _ in range(cfg.n_layer))
+
+        else:
+            raise UserError(f"a judge of kind {cfg.kind!r}: should be attend or convolve")
 
     def look(self, picture):
         """(B, 3, H, W) -> features (B, grid*grid, width)."""
@@ -131,27 +134,28 @@ def answer_probability(logits):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def splice(pictures, rng):
+def splice(pictures, renderings, rng):
     """Pictures that are neither of the twins': each block of them from the one or the other, by chance.
 
-    pictures (P, 2, 3, H, W) -> spliced (P, 1, 3, H, W), and whether it happens to equal the twins' (P, 2) bool. Pairs alone never show a
-    judge two red circles and a blue one; a policy does, and is paid for it by a judge that has not learned to say no."""
+    pictures (P, 2, 3, H, W) -> spliced (P, 1, 3, H, W), and whether it shows the same as the twins (P, 2) bool. Pairs alone never show a
+    judge two red circles and a blue one; a policy does, and is paid for it by a judge that has not learned to say no. Whether it
+    shows the same is told by the renderings: a decoder spreads one token's change over the picture, by less than anybody sees."""
     grid = int(rng.choice([4, 8]))                                                                      # whole objects or parts of them
     mask = torch.from_numpy(rng.random((len(pictures), 1, grid, grid)) < 0.5).to(pictures.device)
     mask = mask.repeat_interleave(pictures.shape[-2] // grid, -2).repeat_interleave(pictures.shape[-1] // grid, -1)
-    spliced = torch.where(mask, pictures[:, 0], pictures[:, 1])[:, None]                                # (P, 1, 3, H, W)
-    return spliced, (spliced == pictures).flatten(2).all(-1)
+    spliced, shown = (torch.where(mask, x[:, 0], x[:, 1])[:, None] for x in (pictures, renderings))     # (P, 1, 3, H, W)
+    return spliced, (shown == renderings).flatten(2).all(-1)
 
 
-def judge_loss(network, pictures, prompts, rng, splices):
-    """Each picture of P pairs, and with `splices` a splice of the two, with both prompts. pictures (P, 2, 3, H, W), prompts (P, 2, T) ->
-    (loss, accuracy).
+def judge_loss(network, pictures, prompts, renderings=None, rng=None):
+    """Each picture of P pairs with both prompts, and where there are renderings (the pictures, before the tokenizer saw any of them) a
+    splice of the two as well. pictures, renderings (P, 2, 3, H, W), prompts (P, 2, T) -> (loss, accuracy).
 
     The loss is the cross-entropy of the answers, which is what calibrates R, plus that of choosing a picture's own prompt from the
     two: there everything that the twins share cancels, and the one detail that they do not is learned sooner."""
     own = torch.eye(2, dtype=torch.bool, device=pictures.device).expand(len(pictures), 2, 2)            # (P, picture, prompt)
-    if splices:
-        spliced, equal = splice(pictures, rng)
+    if renderings is not None:
+        spliced, equal = splice(pictures, renderings, rng)
         pictures, own = torch.cat([pictures, spliced], 1), torch.cat([own, equal[:, None]], 1)          # K = 3 pictures a pair
     k, t = pictures.shape[1], prompts.flatten(0, 1)
     features = network.look(pictures.flatten(0, 1)).repeat_interleave(2, 0)                             # (P*K*2, ...)

@@ -4,7 +4,7 @@
     python sample.py --run runs/tiny --prompt "three red circles" --prompt "two red circles"     # a pair, with the map of D_t
 
 Given two prompts it shows each sample of the one beside a sample of the other, and between them where on the picture the model
-thinks that they differ: D_t = JS( pi(.|o_<t, T1), pi(.|o_<t, T2) ) over the tokens of the left sample (DESIGN section 2).
+thinks that they differ: D_t = JS( pi(.|o_<t, T1), pi(.|o_<t, T2) ) over the tokens of the left sample.
 """
 import argparse
 import sys

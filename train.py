@@ -9,6 +9,7 @@
     python train.py --stage pretrain --lr 1e-3       # every field of a stage's config is a flag; --help lists them
     python train.py --stage ppo --preset smoke --out runs/smoke      # the whole way in under a minute, to see that it works
     python train.py --stage ppo --resume             # go on where a run was stopped
+    python train.py --curves runs/tiny               # draw curves.png again from log.jsonl
 
 A run folder holds the weights (*.safetensors), `<stage>.state` while a stage is unfinished (everything to resume), config.json,
 log.jsonl (one object a step), paircomp.json, samples/*.png and curves.png.
@@ -20,7 +21,6 @@ import argparse
 import difflib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -37,10 +37,10 @@ from data import (ATTRIBUTES, LONG, SHORT, PairSet, TextTokens, UserError, diffe
 from eval_paircomp import (benchmark_pairs, category_means, divergence_auc, format_before_after, generate_images, load_judges, load_policy,
                            paircomp, save_judges)
 from model import ImageModel, ModelConfig, generate, pick_device, prompt_divergence, score
-from ppo import TWIN_TRUTH, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, ppo_loss
-from reward import JudgeConfig, NetworkJudge, Judge, judge_loss, judge_report
+from ppo import SAMPLED, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, ppo_loss
+from reward import Judge, JudgeConfig, NetworkJudge, judge_loss, judge_report
 from tokenizer import (VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels, kmeans_codes, load_module, load_strictly,
-                       load_weights, save_weights, to_pixels, update_codebook, vq_loss, write_atomically)
+                       load_weights, save_weights, update_codebook, vq_loss, write_atomically)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: a dataclass a stage; its fields are the flags
@@ -80,7 +80,7 @@ class Tokenizer(Common):
 
 @dataclass
 class Pretrain(Common):
-    steps: int = flag(650, "optimizer steps")
+    steps: int = flag(640, "optimizer steps")
     batch: int = flag(32, "pictures a step")
     lr: float = flag(1e-3, "peak learning rate of AdamW, for embeddings, norms and the head")
     muon_lr: float = flag(0.007, "peak learning rate of Muon, for the layers' matrices; 0 leaves them to AdamW")
@@ -113,7 +113,7 @@ class PPO(Common):
     extra: float = flag(SHORT, Common.__dataclass_fields__["extra"].metadata["help"] + "; prompts are shorter than captions")
     prompts: str = flag("", "a text file of unpaired prompts to mix in, a prompt a line")
     prompts_share: float = flag(0.25, "share of the step's pairs that are unpaired prompts, with --prompts")
-    steps: int = flag(250, "rollouts")
+    steps: int = flag(280, "rollouts")
     pairs: int = flag(6, "pairs of prompts a rollout (P)")
     samples: int = flag(12, "pictures a prompt (G)")
     minibatches: int = flag(2, "optimizer steps an epoch; pairs are kept whole")
@@ -143,10 +143,10 @@ PRESETS = {
     "tiny": {stage: {} for stage in STAGES},
     "smoke": {"tokenizer": dict(out="runs/smoke", n_pairs=600, steps=60, unquantized=20, ch=32, codebook_size=64),
               "pretrain": dict(out="runs/smoke", n_pairs=600, steps=40, n_layer=2, n_embd=64, n_ffn=128),
-              "reward": dict(out="runs/smoke", n_pairs=600, steps=25, width=32),
+              "reward": dict(out="runs/smoke", n_pairs=600, steps=25, splices_from=10, width=32),
               "ppo": dict(out="runs/smoke", n_pairs=600, steps=6, pairs=4, samples=4, eval_every=3, eval_pairs=2)},
 }
-MINUTES = {"tokenizer": 1.5, "pretrain": 4, "reward": 1.5, "ppo": 6}     # of preset tiny on two CPU cores
+MINUTES = {"tokenizer": 1, "pretrain": 2, "reward": 2.5, "ppo": 6}     # of preset tiny on two CPU cores
 
 
 class Parser(argparse.ArgumentParser):
@@ -258,7 +258,7 @@ class Loop:
             part, name = key.split("|", 1)
             parts.setdefault(part, {})[name] = value
         for name, module in self.modules.items():
-            load_strictly(module, parts[name], self.path)
+            load_strictly(module, parts.get(name, {}), self.path)
         for n, optimizer in enumerate(self.optimizers):
             state = {}
             for key, value in parts.get(f"optimizer{n}", {}).items():
@@ -475,12 +475,14 @@ def train_reward(cfg, resume):
             rng, _ = step_random(replace(cfg, seed=cfg.seed + 1000 * n), "reward", step)                # each judge sees pairs of its own
             chosen = rng.integers(len(pairs), size=cfg.batch)
             x = rearrange(from_pixels(pairs.load(chosen).reshape(-1, vq.cfg.image_size, vq.cfg.image_size, 3), device), "(p i) c h w -> p i c h w", i=2)
+            renderings = x.clone()
             with torch.no_grad():                       # half the pairs as the policy would draw them: through the tokenizer
                 half = cfg.batch // 2
                 x[:half] = vq.decode(codes[chosen[:half]].to(device).flatten(0, 1)).clamp(-1, 1).view_as(x[:half])
             prompts = tokens_of([text for i in chosen for text in pairs.prompts[i]], judge.cfg.n_text, device)
             with autocast(cfg, device):
-                losses[name], rights[name] = judge_loss(judge, x, rearrange(prompts, "(p i) t -> p i t", i=2), rng, splices=step >= cfg.splices_from)
+                losses[name], rights[name] = judge_loss(judge, x, rearrange(prompts, "(p i) t -> p i t", i=2),
+                                                        renderings if step >= cfg.splices_from else None, rng)
         norm = loop.update(step, sum(losses.values()), grad_clip=2.0)
         loop.log(step, ("loss_train", "loss_heldout"), grad_norm=norm, **{f"loss_{k}": v for k, v in losses.items()}, **{f"accuracy_{k}": v for k, v in rights.items()})
     test = pairworld(300, "test", 2) if not cfg.data else pairs
@@ -569,7 +571,7 @@ def train_ppo(cfg, resume):
                 norm = loop.update(step, loss, cfg.grad_clip)
                 stats.append(values | {"entropy": entropy.mean(), "grad_norm": norm})
         mean = {k: torch.stack([s[k] for s in stats]).mean() for k in stats[0]}
-        sampled = origin < TWIN_TRUTH if not use_truth.any() else origin == 0
+        sampled = origin == SAMPLED
         flat_groups = rewards.std(2, correction=0) < 1e-3
         extra = {}
         if test is not None and (step + 1) % cfg.eval_every == 0:
@@ -599,8 +601,8 @@ def finish_benchmark(cfg, policy, reference, vq, judges, test, before):
     for report, model in ((base, reference), (ppo, policy)):
         report["divergence_auc"] = true_difference_auc(model, vq, test)
     write_atomically(Path(cfg.out) / "paircomp.json", json.dumps({"base": base, "ppo": ppo}, indent=1).encode())
-    picks = [i for c in range(6) for i in (c, c + 6)][:12]
-    rows = np.stack([test.images[picks], base_images[picks, :, 0], ppo_images[picks, :, 0]], 1)         # (12, 3, 2, H, W, 3)
+    picks = list(range(6))                              # the first pair of each category, not the best
+    rows = np.stack([test.images[picks], base_images[picks, :, 0], ppo_images[picks, :, 0]], 1)         # (6, 3, 2, H, W, 3)
     labels = [label for i in picks for who in ("asked: ", "base: ", "ppo: ") for label in (who + t for t in test.prompts[i])]
     save_picture(cfg, "before_after.png", rows.reshape(-1, *rows.shape[3:]), labels, columns=6, scale=5)
     print(format_before_after(base, ppo))
@@ -625,7 +627,7 @@ def draw_curves(out):
     try:
         import matplotlib
     except ImportError:
-        return "not drawn; pip install matplotlib, then python train.py --curves " + str(out)
+        return f"not drawn; pip install matplotlib, then python train.py --curves {out}"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -669,8 +671,24 @@ def overview():
     return "\n".join(lines)
 
 
+def peak_memory():
+    """The process' largest resident size so far, where the system tells it."""
+    try:
+        import resource
+    except ImportError:                                 # Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.2f} GB"
+
+
 def main(argv=None):
-    stage, resume, cfg, preset = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--curves"]:
+        if len(argv) != 2 or not (Path(argv[1]) / "log.jsonl").is_file():
+            raise UserError("--curves RUN: wants one run folder, with a log.jsonl in it")
+        print(f"curves: {draw_curves(Path(argv[1]))}")
+        return
+    stage, resume, cfg, preset = parse(argv)
     if stage is None:
         print(overview())
         return
@@ -693,7 +711,9 @@ def main(argv=None):
         config[name] = asdict(own) | {"torch": torch.__version__}
         write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
         print(f"{name}: {own}")
+        began = time.time()
         TRAIN[name](own, resume)
+        print(f"{name}: done in {(time.time() - began) / 60:.1f} min{peak_memory()}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from PIL import Image
 import eval_paircomp as ev
 from data import CATEGORIES, UserError, pairworld
 from model import ImageModel, ModelConfig
-from reward import JudgeConfig, OracleJudge, build_judge
+from reward import Judge, JudgeConfig, OracleJudge
 from tokenizer import VQConfig, VQModel, save_weights
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -234,8 +234,8 @@ def run(tmp_path_factory):
     for policy in ("pretrain", "ppo"):
         model = ImageModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_ffn=32, image_vocab=32, code_dim=4))
         save_weights(folder / f"{policy}.safetensors", model.state_dict(), config=asdict(model.cfg))
-    ev.save_judges(folder / "reward.safetensors", {"train": build_judge(JudgeConfig(width=16, n_layer=1, n_head=2)),
-                                                   "heldout": build_judge(JudgeConfig(kind="reader", width=16, n_head=2))})
+    ev.save_judges(folder / "reward.safetensors", {"train": Judge(JudgeConfig(width=16, n_layer=1, n_head=2)),
+                                                   "heldout": Judge(JudgeConfig(kind="convolve", width=16, n_head=2))})
     return folder
 
 
@@ -341,8 +341,8 @@ def test_the_pairworld_benchmark(run, capsys):
 
 def test_judges_come_back_as_they_were_saved(tmp_path):
     torch.manual_seed(1)
-    networks = {"train": build_judge(JudgeConfig(width=16, n_layer=1, n_head=2)),
-                "heldout": build_judge(JudgeConfig(kind="reader", width=16))}
+    networks = {"train": Judge(JudgeConfig(width=16, n_layer=1, n_head=2)),
+                "heldout": Judge(JudgeConfig(kind="convolve", width=16))}
     ev.save_judges(tmp_path / "reward.safetensors", networks)
     judges = ev.load_judges(tmp_path, "cpu")
     assert list(judges) == ["train", "heldout", "oracle"]
@@ -355,7 +355,7 @@ def test_judges_come_back_as_they_were_saved(tmp_path):
     with pytest.raises(UserError, match="unexpected third.x"):
         ev.load_judges(tmp_path, "cpu")
     save_weights(tmp_path / "reward.safetensors", {}, train=asdict(networks["train"].cfg))
-    with pytest.raises(UserError, match="does not fit this AttendJudge"):
+    with pytest.raises(UserError, match="does not fit this Judge"):
         ev.load_judges(tmp_path, "cpu")
     save_weights(tmp_path / "reward.safetensors", {"x": torch.zeros(1)}, config={})
     with pytest.raises(UserError, match="no config of the judge 'train'"):

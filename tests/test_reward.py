@@ -1,4 +1,4 @@
-"""reward.py: which answer is yes, calibration, and that a judge's answer depends on the picture and the prompt alone."""
+"""reward.py: which answer is yes, splices, calibration, and that a judge's answer depends on the picture and the prompt alone."""
 import numpy as np
 import pytest
 import torch
@@ -7,15 +7,25 @@ import torch.nn as nn
 import data
 import reward
 from data import TextTokens
-from reward import NO, YES, JudgeConfig, NetworkJudge, OracleJudge
+from reward import NO, YES, Judge, JudgeConfig, NetworkJudge, OracleJudge
 
-KINDS = ["attend", "reader"]
+KINDS = ["attend", "convolve"]
 
 
-def small(kind):
+def small(kind, n_layer=1):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return reward.build_judge(JudgeConfig(kind=kind, width=32, n_layer=1, n_head=2)).eval()
+    return Judge(JudgeConfig(kind=kind, width=32, n_layer=n_layer, n_head=2)).eval()
+
+
+def ids(prompts):
+    return torch.from_numpy(TextTokens().prompts(prompts, 48))
+
+
+def tensors(pairs, n):
+    """The first n pairs as `judge_loss` wants them: pictures (n, 2, 3, 32, 32), prompts (n, 2, T)."""
+    return (reward.from_pixels(pairs.images[:n].reshape(-1, 32, 32, 3)).unflatten(0, (n, 2)),
+            ids([p for two in pairs.prompts[:n] for p in two]).unflatten(0, (n, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -31,33 +41,111 @@ class Comparer(nn.Module):
         self.answers = {True: when_equal, False: when_not}
 
     def look(self, picture):
-        return picture[:, 0, 0, 0]
+        flat = picture.flatten(1)
+        return torch.where((flat == flat[:, :1]).all(-1), flat[:, 0], -1.0)                 # more than one value: nobody describes it
 
-    def forward(self, features, prompts):
-        logits = torch.zeros(len(prompts), 2)
-        for row, f, p in zip(logits, features, prompts[:, -1]):
+    def read(self, prompts):
+        return prompts
+
+    def forward(self, features, told, real):
+        assert real.all() and len(features) == len(told) == len(real)
+        logits = torch.zeros(len(told), 2)
+        for row, f, p in zip(logits, features, told[:, -1]):
             row[self.answers[bool(f == p)]] = 6.0
         return logits
+
+
+class FirstPixel(Comparer):
+    def look(self, picture):
+        return picture[:, 0, 0, 0]
 
 
 PICTURES = torch.tensor([[3.0, 5.0], [7.0, 4.0], [1.0, 9.0]])[..., None, None, None].expand(3, 2, 3, 8, 8)
 PROMPTS = torch.tensor([[3, 5], [7, 4], [1, 9]])[..., None]
 
 
+def loss_of(network, splices=False, pictures=PICTURES, seed=0):
+    return reward.judge_loss(network, pictures, PROMPTS, np.random.default_rng(seed), splices)
+
+
 def test_judge_loss_has_yes_and_no_the_right_way_round():
-    right, all_right = reward.judge_loss(Comparer(YES, NO), PICTURES, PROMPTS)
-    wrong, all_wrong = reward.judge_loss(Comparer(NO, YES), PICTURES, PROMPTS)
-    undecided, half_right = reward.judge_loss(Comparer(YES, YES), PICTURES, PROMPTS)          # says yes to everything
+    right, all_right = loss_of(Comparer(YES, NO))
+    wrong, all_wrong = loss_of(Comparer(NO, YES))
+    undecided, half_right = loss_of(Comparer(YES, YES))          # says yes to everything
     assert right < 0.02 and wrong > 5 and right < undecided < wrong
     assert (all_right, half_right, all_wrong) == (1.0, 0.5, 0.0)
 
 
+@pytest.mark.parametrize("seed", range(4))                              # seeds draw both sizes of blocks
+def test_a_splice_is_a_no_for_both_prompts(seed):
+    right, all_right = loss_of(Comparer(YES, NO), splices=True, seed=seed)
+    assert right < 0.02 and all_right == 1.0
+    assert loss_of(Comparer(NO, YES), splices=True, seed=seed)[1] == 0.0
+    assert loss_of(Comparer(YES, YES), splices=True, seed=seed)[1] == pytest.approx(2 / 6)  # of 3 pictures x 2 prompts, 2 are a yes
+    fooled, most_right = loss_of(FirstPixel(YES, NO), splices=True, seed=seed)              # takes the splice for one of the twins
+    assert fooled > right and most_right == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_splice_that_equals_a_twin_is_labelled_as_that_twin(seed):
+    """The twins differ in one pixel, so whichever of them gives it, the splice is that twin."""
+    pictures = torch.full_like(PICTURES, 2.0)
+    pictures[..., 0, 0] = PICTURES[..., 0, 0]
+    loss, accuracy = loss_of(FirstPixel(YES, NO), splices=True, pictures=pictures, seed=seed)
+    assert loss < 0.02 and accuracy == 1.0
+    assert loss_of(FirstPixel(NO, YES), splices=True, pictures=pictures, seed=seed)[1] == 0.0
+
+
+def test_without_splices_nothing_is_drawn():
+    rng = np.random.default_rng(0)
+    reward.judge_loss(Comparer(YES, NO), PICTURES, PROMPTS, rng, splices=False)
+    assert rng.random() == np.random.default_rng(0).random()
+
+
+# --- splices
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_block_of_a_splice_comes_from_one_of_the_two_pictures(seed):
+    pictures = torch.randn(20, 2, 3, 32, 32)
+    before = pictures.clone()
+    spliced, equal = reward.splice(pictures, np.random.default_rng(seed))
+    assert spliced.shape == (20, 1, 3, 32, 32) and equal.shape == (20, 2) and equal.dtype == torch.bool
+    assert torch.equal(pictures, before) and not equal.any()
+    blocks = (spliced == pictures).unflatten(-1, (8, 4)).unflatten(-3, (8, 4))              # (P, 2, 3, 8, 4, 8, 4)
+    whole, any_of_it = (blocks.float().amin((2, 4, 6)), blocks.float().amax((2, 4, 6)))     # (P, 2, 8, 8)
+    assert torch.equal(whole, any_of_it) and (whole.sum(1) == 1).all()                      # all of a block, and of one picture only
+    share = whole[:, 0].mean((1, 2))
+    assert 0.4 < share.mean() < 0.6 and share.min() > 0 and share.max() < 1
+
+
+def test_splices_come_in_two_sizes_of_block_and_by_the_seed_alone():
+    pictures = torch.stack([torch.zeros(40, 3, 32, 32), torch.ones(40, 3, 32, 32)], 1)
+    grids = set()
+    for seed in range(8):
+        spliced = reward.splice(pictures, np.random.default_rng(seed))[0]
+        assert torch.equal(spliced, reward.splice(pictures, np.random.default_rng(seed))[0])
+        fours = spliced[:, 0, 0].unflatten(-1, (4, 8)).unflatten(-3, (4, 8))                # (P, 4, 8, 4, 8)
+        grids.add(4 if torch.equal(fours.amin((2, 4)), fours.amax((2, 4))) else 8)
+    assert grids == {4, 8}
+
+
+def test_a_splice_says_truly_which_twins_it_equals(pairs):
+    pictures = tensors(pairs, 24)[0]
+    pictures[0, 1] = pictures[0, 0]                                                         # twins that are one picture
+    found = []
+    for seed in range(30):
+        spliced, equal = reward.splice(pictures, np.random.default_rng(seed))
+        assert equal.tolist() == [[torch.equal(s[0], twin) for twin in two] for s, two in zip(spliced, pictures)]
+        assert equal[0].all() and not equal[1:].all(-1).any()
+        found.append(equal[1:])
+    assert {(True, False), (False, True), (False, False)} == {tuple(row) for row in torch.cat(found).tolist()}
+
+
+@pytest.mark.parametrize("splices", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_judge_loss_teaches_every_part_of_the_network(kind, pairs):
+def test_judge_loss_teaches_every_part_of_the_network(kind, splices, pairs):
     network = small(kind)
-    pictures = reward.from_pixels(pairs.images[:4].reshape(-1, 32, 32, 3)).unflatten(0, (4, 2))
-    prompts = torch.from_numpy(TextTokens().prompts([p for two in pairs.prompts[:4] for p in two], 48)).unflatten(0, (4, 2))
-    loss, accuracy = reward.judge_loss(network, pictures, prompts)
+    loss, accuracy = reward.judge_loss(network, *tensors(pairs, 4), np.random.default_rng(0), splices)
     loss.backward()
     assert loss.isfinite() and loss.dim() == 0 and 0 <= accuracy <= 1 and not accuracy.requires_grad
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
@@ -72,10 +160,20 @@ def test_reward_is_the_softmax_share_of_yes():
     assert extreme.tolist() == [1.0, 0.0]
 
 
+def answer(support, real):
+    """The logits of a judge whose words have this support (B, T)."""
+    class Said(nn.Module):
+        def forward(self, x):
+            return support[..., None]
+    network, (b, t) = small("attend"), support.shape
+    network.support = Said()
+    return network(torch.zeros(b, 16, 32), torch.zeros(b, t, 32), real)
+
+
 def test_one_unsupported_word_is_enough_for_a_no_and_padding_does_not_count():
     support = torch.tensor([[9.0, 9.0, 9.0], [9.0, -9.0, 9.0], [-9.0, 9.0, 9.0]])
     real = torch.tensor([[True] * 3, [True] * 3, [False, True, True]])
-    logits = reward.all_supported(support, real)
+    logits = answer(support, real)
     assert logits.exp().sum(-1).allclose(torch.ones(3), atol=1e-5)                          # two log-probabilities
     assert logits.argmax(-1).tolist() == [YES, NO, YES]
     assert logits[1, YES].exp().item() == pytest.approx(torch.sigmoid(support[1]).prod().item(), rel=1e-4)
@@ -84,7 +182,7 @@ def test_one_unsupported_word_is_enough_for_a_no_and_padding_does_not_count():
 def test_certain_answers_stay_finite():
     for value in (200.0, -200.0):
         support = torch.full((1, 4), value, requires_grad=True)
-        logits = reward.all_supported(support, torch.ones(1, 4, dtype=torch.bool))
+        logits = answer(support, torch.ones(1, 4, dtype=torch.bool))
         logits.sum().backward()
         assert logits.isfinite().all() and support.grad.isfinite().all()
 
@@ -103,19 +201,52 @@ def test_a_judge_gives_a_probability_for_each_picture_and_prompt(kind, pairs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_left_padding_does_not_change_an_answer(kind, pairs):
     """A prompt is padded to the longest one in its call; its reward must not depend on its neighbours."""
-    network = small(kind)
-    prompt = torch.from_numpy(TextTokens().prompts([pairs.prompts[0][0]], 48))
+    network = small(kind, n_layer=3)                    # more than one: what a layer leaks into the padding the next one reads
+    prompt = ids([pairs.prompts[0][0]])
     features = network.look(reward.from_pixels(pairs.images[:1, 0]))
-    alone = network(features, prompt)
+    told = network.read(prompt)
+    alone = network(features, told, prompt != TextTokens.pad)
     for n in (1, 5, 20):
-        padded = torch.nn.functional.pad(prompt, (n, 0), value=TextTokens.pad)
-        assert network(features, padded).allclose(alone, atol=1e-4)
+        padded = nn.functional.pad(prompt, (n, 0), value=TextTokens.pad)
+        assert network.read(padded)[:, n:].allclose(told, atol=1e-4)
+        assert network(features, network.read(padded), padded != TextTokens.pad).allclose(alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_alone_and_in_a_batch_gets_the_same_answer(kind, pairs):
+    judge = NetworkJudge(small(kind, n_layer=3))
+    images, prompts = pairs.images[:, 1], [two[1] for two in pairs.prompts]
+    assert len({len(p.split()) for p in prompts}) > 3                                       # so that most are padded in the batch
+    together = judge.score(images, prompts)
+    alone = torch.cat([judge.score(images[i:i + 1], prompts[i:i + 1]) for i in range(len(prompts))])
+    assert together.allclose(alone, atol=1e-5) and together.std() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tiny_judge_learns_a_handful_of_pairs(kind):
+    pairs = data.pairworld(6, "train", seed=0)                                              # one of each category
+    pictures, prompts = tensors(pairs, 6)
+    network, rng = small(kind).train(), np.random.default_rng(0)
+    assert reward.judge_report(NetworkJudge(small(kind)), pairs.images, pairs)["accuracy"] < 0.8
+    optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.95))
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 200)
+        optimizer.zero_grad()
+        loss, _ = reward.judge_loss(network, pictures, prompts, rng, splices=step > 100)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+    report = reward.judge_report(NetworkJudge(network), pairs.images, pairs)
+    assert report["accuracy"] == 1.0 and report["ece"] < 0.1
 
 
 def test_the_two_judges_are_different_networks():
     """The held-out judge has to be able to disagree with the one that gives the rewards."""
-    names = [set(small(kind).state_dict()) for kind in KINDS]
-    assert type(small("attend")) is not type(small("reader")) and len(names[0] ^ names[1]) > len(names[0] & names[1])
+    attend, convolve = (small(kind) for kind in KINDS)
+    for part in ("eye", "layers"):                                                          # how they look and how they read
+        one, other = ({(k, v.shape) for k, v in getattr(n, part).state_dict().items() if v.dim() > 1} for n in (attend, convolve))
+        assert len(one ^ other) > len(one & other)
+    assert type(attend.layers[0]) is not type(convolve.layers[0])
 
 
 # --- calibration
@@ -130,7 +261,8 @@ def test_a_calibrated_judge_has_no_calibration_error():
     ([0.0] * 50 + [1.0] * 50, [False] * 50 + [True] * 50, 0.0),       # certain and right
     ([0.0] * 50 + [1.0] * 50, [True] * 50 + [False] * 50, 1.0),       # certain and wrong
     ([0.9] * 100, [True] * 100, 0.1),                                 # too modest
-    ([0.8] * 100, [True, False] * 50, 0.3)])                          # too sure
+    ([0.8] * 100, [True, False] * 50, 0.3),                           # too sure
+    ([0.02, 0.08, 0.95, 1.0], [False, True, True, True], 0.2375)])    # equal intervals: the first two together, 0.45 off; the last two 0.025
 def test_calibration_error_of_known_cases(p, truth, error):
     assert reward.calibration_error(np.array(p), np.array(truth)) == pytest.approx(error, abs=1e-9)
 
