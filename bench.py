@@ -7,12 +7,13 @@ The parts are those of one PPO rollout and update (`train.py --stage ppo`): pict
 """
 import argparse
 import json
+import sys
 import time
 
 import numpy as np
 import torch
 
-from data import TextTokens, pairworld
+from data import TextTokens, UserError, pairworld
 from model import ImageModel, ModelConfig, generate, pick_device, score
 from reward import JudgeConfig, NetworkJudge, Judge
 from tokenizer import VQConfig, VQModel, decode_ids, encode_images
@@ -84,4 +85,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -14,6 +14,7 @@ A set holds B pictures as uint8 (B, H, W, 3), RGB, 0..255.
 import argparse
 import json
 import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -470,6 +471,8 @@ def main():
     args = parser.parse_args()
     if not args.write and not args.picture:
         parser.error("say --write DIR or --picture PNG")
+    if not 1 <= args.n <= (100_000 if args.split == "train" else 1000):
+        parser.error(f"--n {args.n}: should be 1 to 100000, of the test split 1 to 1000")
     if args.write:
         write_pairs(pairworld(args.n, args.split, args.seed), args.write)
         print(f"{args.n} pairs in {args.write}/pairs.json")
@@ -483,4 +486,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as e:
+        sys.exit(f"error: {e}")

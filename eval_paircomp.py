@@ -8,8 +8,8 @@
 
 A pair has two prompts with K pictures each, so 2K scores in [0, 1]. s_a is their arithmetic mean and s_g their geometric mean,
 which one bad picture pulls down; both are averaged over a category's pairs, and `average` is the mean of the categories, whatever
-their sizes (official code: summary_scores.py). *Pair accuracy* needs no learned judge: the share of k for which the oracle sees
-picture k of either prompt carry its own side of the difference. Scores are 0..1 in files and x100 in tables.
+their sizes (official code: summary_scores.py). *Pair accuracy* needs no learned judge: the share of pairs in which the oracle
+sees each of the four pictures carry its own prompt's side of the difference. Scores are 0..1 in files and x100 in tables.
 
 Shapes: P pairs, 2 prompts, K pictures a prompt, R prompts, H W picture.
 """
@@ -66,15 +66,15 @@ def different_attributes(prompts):
 
 
 def pair_accuracy(images, prompts):
-    """images (P, 2, K, H, W, 3) uint8, P tuples of two PairWorld captions -> (P,): the share of k for which the oracle reads the
-    attributes that the prompts differ in right off both pictures [p, 0, k] and [p, 1, k]."""
+    """images (P, 2, K, H, W, 3) uint8, P tuples of two PairWorld captions -> (P,) of 0 and 1: whether the oracle reads the attributes
+    that the prompts differ in right off every one of the pair's 2K pictures."""
     n_pairs, _, k = images.shape[:3]
     found = read_scene(rearrange(images, "p i k h w c -> (p i k) h w c")).reshape(n_pairs, 2, k, -1)     # (P, 2, K, 10)
     names, out = list(ATTRIBUTES), np.zeros(n_pairs)
     for p, two in enumerate(prompts):
         right = [found[p, i, :, names.index(name)] == value
                  for i, side in enumerate(different_attributes(two)) for name, value in side.items()]
-        out[p] = np.all(right, 0).mean()
+        out[p] = np.all(right)
     return out
 
 

@@ -46,12 +46,12 @@ def group_advantages(rewards, pool, floor):
 
 
 def difference_weights(divergence, strength, cap):
-    """w_t = (1 - lambda) + lambda * D_t / mean(D), capped, with mean 1 over each sequence (ours; lambda = 0 is the paper).
+    """w_t = (1 - lambda) + lambda * D_t / mean(D), capped, then scaled to mean 1 over each sequence (ours; lambda = 0 is the paper).
 
     divergence (B, N) >= 0 of `model.prompt_divergence` -> weights (B, N). Where the two prompts tell the same (mean(D) = 0, a lone
     prompt) the weights are 1."""
     mean = divergence.mean(-1, keepdim=True)
-    relative = torch.where(mean > 1e-8, divergence / mean.clamp(min=1e-8), 1.0)
+    relative = torch.where(mean > 1e-6, divergence / mean.clamp(min=1e-6), 1.0)
     weights = ((1 - strength) + strength * relative).clamp(max=cap)
     return weights / weights.mean(-1, keepdim=True)
 

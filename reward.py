@@ -7,7 +7,8 @@ seed, never does, so that it can tell progress from reward hacking (the official
 `OracleJudge` reads PairWorld pictures without learning and is used to measure, never to train.
 
 Both learn from pairs alone: a picture with its own prompt is a yes, with its twin's prompt a no (FocusDiff's pairs differ in one
-detail, so that the judge has to look at details). The loss is a proper scoring rule over as many yes as no, so R is a probability.
+detail, so that the judge has to look at details), and a splice of the two pictures is a no unless it shows the same as one of them. How
+well R is calibrated is measured (`judge_report`).
 """
 from dataclasses import dataclass
 
@@ -73,7 +74,6 @@ class Judge(nn.Module):
             self.eye = nn.Sequential(nn.Conv2d(3, c, cfg.patch // 2, stride=cfg.patch // 2), ResBlock(c, c, 8), Resample(c, down=True),
                                      ResBlock(c, c, 8, kernel=1))
             self.layers = nn.ModuleList(nn.Conv1d(c, c, 5, padding=2) for _ in range(cfg.n_layer))
-
         else:
             raise UserError(f"a judge of kind {cfg.kind!r}: should be attend or convolve")
 

@@ -305,14 +305,15 @@ def write_atomically(path, data):
 def save_weights(path, tensors, **metadata):
     """{name: tensor} and JSON-able metadata -> a safetensors file, atomically."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, save(tensors, {k: json.dumps(v) for k, v in metadata.items()}))
+    # one key, because safetensors writes several in an order that changes from run to run
+    write_atomically(path, save(tensors, {"nanofocusdiff": json.dumps(metadata)}))
 
 
 def load_weights(path):
     """A file of `save_weights` -> ({name: CPU tensor}, metadata). UserError if it is missing, truncated or something else."""
     try:
         with safe_open(path, "pt", device="cpu") as f:
-            metadata = {k: v if k == "format" else json.loads(v) for k, v in (f.metadata() or {}).items()}
+            metadata = json.loads((f.metadata() or {}).get("nanofocusdiff", "{}"))
             return {k: f.get_tensor(k) for k in f.keys()}, metadata
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train that stage first") from None

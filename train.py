@@ -6,7 +6,7 @@
     ppo         the base model samples pictures for pairs of prompts, the training judge scores them, PPO learns from it
 
     python train.py --stage ppo                      # trains what is missing first; ends on a before/after PairComp table
-    python train.py --stage pretrain --lr 1e-3       # every field of a stage's config is a flag; --help lists them
+    python train.py --stage pretrain --lr 5e-4       # every field of a stage's config is a flag; --help lists them
     python train.py --stage ppo --preset smoke --out runs/smoke      # the whole way in under a minute, to see that it works
     python train.py --stage ppo --resume             # go on where a run was stopped
     python train.py --curves runs/tiny               # draw curves.png again from log.jsonl
@@ -32,7 +32,7 @@ import torch
 from einops import rearrange, repeat
 from tqdm import tqdm
 
-from data import (ATTRIBUTES, LONG, SHORT, PairSet, TextTokens, UserError, difference_mask, pairworld, picture_grid, read_json, read_pairs, read_prompts,
+from data import (ATTRIBUTES, CATEGORIES, LONG, SHORT, PairSet, TextTokens, UserError, difference_mask, pairworld, picture_grid, read_json, read_pairs, read_prompts,
                   read_scene)
 from eval_paircomp import (benchmark_pairs, category_means, divergence_auc, format_before_after, generate_images, load_judges, load_policy,
                            paircomp, save_judges)
@@ -80,7 +80,7 @@ class Tokenizer(Common):
 
 @dataclass
 class Pretrain(Common):
-    steps: int = flag(640, "optimizer steps")
+    steps: int = flag(560, "optimizer steps")
     batch: int = flag(32, "pictures a step")
     lr: float = flag(1e-3, "peak learning rate of AdamW, for embeddings, norms and the head")
     muon_lr: float = flag(0.007, "peak learning rate of Muon, for the layers' matrices; 0 leaves them to AdamW")
@@ -103,7 +103,7 @@ class Reward(Common):
     muon_lr: float = flag(0.005, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
     warmup: int = flag(50, "steps of rising learning rate")
     decay: float = flag(0.5, "last share of the steps, over which the learning rate falls")
-    weight_decay: float = flag(0.01, "AdamW")
+    weight_decay: float = flag(0.01, "of both")
     splices_from: int = flag(500, "step from which splices of a pair's pictures are shown too, see reward.splice")
     width: int = flag(96, "width of the judges")
 
@@ -127,12 +127,12 @@ class PPO(Common):
     clip: float = flag(0.2, "PPO's epsilon")
     beta: float = flag(0.01, "weight of the KL to the base model")
     difference: float = flag(0.0, "lambda of the difference-aware token weights; 0 is the paper")
-    difference_cap: float = flag(5.0, "largest such weight")
+    difference_cap: float = flag(5.0, "cap of such a weight, before they are scaled to mean 1")
     guidance: float = flag(1.0, "w of classifier-free guidance; 1 has no second branch")
     temperature: float = flag(1.0, "tau")
     truth_full_until: int = flag(0, "ground truth: with probability 1 until this rollout (official code: 50)")
     truth_low_at: int = flag(0, "falling to 0.25 at this one (official code: 450)")
-    truth_zero_at: int = flag(0, "and to 0 at this one (official code: 1200); 0 is never")
+    truth_zero_at: int = flag(0, "and to 0 at this one (official code: 1200); 0 switches ground truth off")
     eval_every: int = flag(25, "rollouts between quick tests on the held-out pairs")
     eval_pairs: int = flag(20, "test pairs a category in the final table")
 
@@ -195,6 +195,14 @@ def check(cfg):
     for name in ("steps", "batch", "pairs", "samples", "n_pairs", "epochs", "minibatches", "save_every", "eval_every", "temperature"):
         if getattr(cfg, name, 1) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: should be positive")
+    for name, least in (("seed", 0), ("lr", 0), ("samples", 2), ("eval_pairs", 1), ("std_floor", 1e-6)):
+        if getattr(cfg, name, least) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: should be at least {least}")
+    for name, unit in (("n_embd", 2 * getattr(cfg, "n_head", 1)), ("ch", VQConfig.norm_groups), ("width", 8)):
+        if getattr(cfg, name, 0) % unit:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: should be a multiple of {unit}")
+    if isinstance(cfg, PPO) and not cfg.truth_full_until <= cfg.truth_low_at <= cfg.truth_zero_at:
+        raise UserError("--truth-full-until, --truth-low-at and --truth-zero-at: should rise in this order; 0 0 0 switches ground truth off")
     if getattr(cfg, "pairs", 1) % getattr(cfg, "minibatches", 1):
         raise UserError(f"--minibatches {cfg.minibatches}: should divide --pairs {cfg.pairs}")
 
@@ -230,8 +238,7 @@ class Loop:
 
     def __init__(self, stage, cfg, resume, modules, optimizers, extra=None):
         self.stage, self.cfg, self.modules, self.optimizers, self.extra = stage, cfg, modules, optimizers, extra or {}
-        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.peak = [group["lr"] for group in self.groups]
+        self.peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.folder = Path(cfg.out)
         self.path, self.log_path = self.folder / f"{stage}.state", self.folder / "log.jsonl"
         self.start, self.seconds, self.stopped = 0, 0.0, False
@@ -246,6 +253,9 @@ class Loop:
                 if entry["stage"] != stage or entry.get("step", self.start) < self.start:
                     keep.append(line + "\n")
         write_atomically(self.log_path, "".join(keep).encode())
+        config = read_json(self.folder / "config.json", "config of the run") if (self.folder / "config.json").exists() else {}
+        config[stage] = asdict(cfg) | {"torch": torch.__version__}
+        write_atomically(self.folder / "config.json", json.dumps(config, indent=1).encode())
 
     def load(self):
         tensors, meta = load_weights(self.path)
@@ -293,7 +303,7 @@ class Loop:
                 for step in range(self.start, self.cfg.steps):
                     yield step
                     self.bar.update()
-                    if self.stopped or (step + 1) % self.cfg.save_every == 0 and step + 1 < self.cfg.steps:
+                    if self.stopped or (step + 1) % self.cfg.save_every == 0 or step + 1 == self.cfg.steps:
                         self.save(step + 1)
                         self.saved = step + 1
                     if self.stopped:
@@ -305,18 +315,19 @@ class Loop:
 
     def log(self, step, show=(), **metrics):
         """One line of log.jsonl; the metrics named in `show` go on the bar too."""
-        values = {k: v if isinstance(v, (int, dict)) else float(v) for k, v in metrics.items()}
+        values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         self.log_file.write(json.dumps({"stage": self.stage, "step": step, "seconds": round(self.elapsed(), 2), **values}) + "\n")
         self.bar.set_postfix({k: f"{values[k]:.3g}" for k in show}, refresh=False)
 
     def update(self, step, loss, grad_clip=1.0):
         """backward and one optimizer step -> gradient norm. A loss or gradient that is not finite ends the run before it harms."""
-        for group, peak in zip(self.groups, self.peak):
-            group["lr"] = peak * schedule(self.cfg, step)
-        for optimizer in self.optimizers:
+        for optimizer, peaks in zip(self.optimizers, self.peak):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * schedule(self.cfg, step)
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for group in self.groups for p in group["params"]], grad_clip)
+        norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip) for module in self.modules.values()]
+        norm = torch.stack(norms).max()
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
             last = f"{self.path} of step {self.saved} is intact: --resume" if self.saved else "nothing was saved yet: start again"
             raise UserError(f"{self.stage}, step {step}: loss is {loss.item()}, gradient norm {norm.item()}; try a smaller --lr. {last}")
@@ -353,6 +364,13 @@ def save_picture(cfg, name, images, labels=None, columns=8, scale=3):
     picture_grid(images, labels, columns, scale).save(folder / name)
 
 
+def training_texts(pairs, n_text):
+    """Every prompt of a set, two a pair; one that is too long is told now and not in the middle of a run."""
+    texts = [text for two in pairs.prompts for text in two]
+    TextTokens().prompts(texts, n_text)
+    return texts
+
+
 def tokens_of(prompts, n_text, device):
     return torch.from_numpy(TextTokens().prompts(prompts, n_text)).to(device)
 
@@ -370,7 +388,8 @@ def train_tokenizer(cfg, resume):
     for step in loop:
         rng, generator = step_random(cfg, "tokenizer", step)
         if step == cfg.unquantized:
-            z = [vq.latents(from_pixels(draw(pairs, rng, 128), device)).detach() for _ in range(8)]
+            with torch.no_grad():
+                z = [vq.latents(from_pixels(draw(pairs, rng, 128), device)) for _ in range(8)]
             codebook.copy_(kmeans_codes(rearrange(torch.cat(z), "b d h w -> (b h w) d"), cfg.codebook_size, generator))
         x = from_pixels(draw(pairs, rng, cfg.batch), device)
         with autocast(cfg, device):
@@ -381,7 +400,8 @@ def train_tokenizer(cfg, resume):
         psnr = 10 * math.log10(4 / (picture - x).square().mean().item())
         loop.log(step, ("loss", "psnr", "perplexity"), loss=loss, psnr=psnr, perplexity=perplexity, batch_usage=used, restarts=restarts, grad_norm=norm)
     vq.eval()
-    test = (pairs if cfg.data else pairworld(300, "test", 1)).load(np.arange(min(300, len(pairs))))
+    test = pairs if cfg.data else pairworld(300, "test", 1)
+    test = test.load(np.arange(min(300, len(test))))
     test = rearrange(test, "p i h w c -> (p i) h w c")
     ids = encode_images(vq, test, device)
     seen = decode_ids(vq, ids)
@@ -389,8 +409,8 @@ def train_tokenizer(cfg, resume):
     report = {"psnr": float(-10 * np.log10(((seen / 255.0 - test / 255.0) ** 2).mean())), "usage": used, "perplexity": perplexity}
     if not cfg.data:                                    # the oracle reads the same attribute off the picture and its reconstruction
         report["legibility"] = dict(zip(ATTRIBUTES, (read_scene(test) == read_scene(seen)).mean(0).tolist()))
-    append_log(cfg, {"stage": "tokenizer", "held_out": report})
-    print(f"tokenizer, held-out pictures: {show(report)}")
+    append_log(cfg, {"stage": "tokenizer", "report": report})
+    print(f"tokenizer, {'training' if cfg.data else 'held-out'} pictures: {show(report)}")
     save_picture(cfg, "tokenizer.png", np.stack([test[:16], seen[:16]], 1).reshape(-1, *test.shape[1:]))
     save_weights(Path(cfg.out) / "tokenizer.safetensors", vq.state_dict(), config=asdict(vq.cfg))
     loop.finish()
@@ -426,7 +446,7 @@ def train_pretrain(cfg, resume):
     vq = load_module(Path(cfg.out) / "tokenizer.safetensors", VQModel, VQConfig, device)
     pairs = training_pairs(cfg, vq.cfg.image_size)
     codes = encode_pairs(vq, pairs, device).flatten(0, 1)                                               # (2P, N)
-    texts = [text for two in pairs.prompts for text in two]
+    texts = training_texts(pairs, cfg.n_text)
     torch.manual_seed(cfg.seed)
     model = ImageModel(ModelConfig(TextTokens().vocab_size, vq.cfg.codebook_size, cfg.n_text, vq.cfg.grid ** 2, cfg.n_layer, cfg.n_head, cfg.n_embd,
                                    cfg.n_ffn, vq.cfg.codebook_dim)).to(device)
@@ -465,6 +485,7 @@ def train_reward(cfg, resume):
     vq = load_module(Path(cfg.out) / "tokenizer.safetensors", VQModel, VQConfig, device)
     pairs = training_pairs(cfg, vq.cfg.image_size)
     codes = encode_pairs(vq, pairs, device)
+    training_texts(pairs, JudgeConfig.n_text)
     torch.manual_seed(cfg.seed)
     shape = dict(width=cfg.width, grid=vq.cfg.image_size // JudgeConfig.patch)
     judges = {name: Judge(JudgeConfig(kind=kind, **shape)).to(device) for name, kind in (("train", "attend"), ("heldout", "convolve"))}
@@ -483,7 +504,7 @@ def train_reward(cfg, resume):
             with autocast(cfg, device):
                 losses[name], rights[name] = judge_loss(judge, x, rearrange(prompts, "(p i) t -> p i t", i=2),
                                                         renderings if step >= cfg.splices_from else None, rng)
-        norm = loop.update(step, sum(losses.values()), grad_clip=2.0)
+        norm = loop.update(step, sum(losses.values()))
         loop.log(step, ("loss_train", "loss_heldout"), grad_norm=norm, **{f"loss_{k}": v for k, v in losses.items()}, **{f"accuracy_{k}": v for k, v in rights.items()})
     test = pairworld(300, "test", 2) if not cfg.data else pairs
     images = test.load(np.arange(min(300, len(test))))
@@ -492,8 +513,8 @@ def train_reward(cfg, resume):
     for name, judge in judges.items():
         for kind, shown in (("renderings", images), ("reconstructions", seen)):
             report = judge_report(NetworkJudge(judge, device), shown, test)
-            append_log(cfg, {"stage": "reward", "judge": name, "on": kind, "held_out": report})
-            print(f"{name} judge, held-out {kind}: {show(report)}")
+            append_log(cfg, {"stage": "reward", "judge": name, "on": kind, "report": report})
+            print(f"{name} judge, {'training' if cfg.data else 'held-out'} {kind}: {show(report)}")
     save_judges(Path(cfg.out) / "reward.safetensors", judges)
     loop.finish()
 
@@ -505,7 +526,8 @@ def rollout(policy, vq, judge, prompts, empty, cfg, generator):
     """Sample G pictures for each of P pairs of prompts and have them judged.
 
     prompts: 2P strings. -> tokens (P, 2, G, N), logprobs (P, 2, G, N) they were sampled with, rewards (P, 2, G), pictures (P*2*G, H, W, 3)."""
-    tokens, logprobs = generate(policy, tokens_of(prompts, policy.cfg.n_text, empty.device), empty, cfg.samples, cfg.guidance, cfg.temperature, generator)
+    with autocast(cfg, empty.device):
+        tokens, logprobs = generate(policy, tokens_of(prompts, policy.cfg.n_text, empty.device), empty, cfg.samples, cfg.guidance, cfg.temperature, generator)
     pictures = decode_ids(vq, tokens)
     rewards = judge.score(pictures, [text for text in prompts for _ in range(cfg.samples)]).to(tokens.device)
     tokens, logprobs, rewards = (rearrange(t, "(p i g) ... -> p i g ...", i=2, g=cfg.samples) for t in (tokens, logprobs, rewards))
@@ -519,6 +541,8 @@ def train_ppo(cfg, resume):
     judges = load_judges(out, device)
     pairs = training_pairs(cfg, vq.cfg.image_size)
     lone = read_prompts(cfg.prompts) if cfg.prompts else None
+    for told in filter(None, (pairs, lone)):
+        training_texts(told, min(policy.cfg.n_text, JudgeConfig.n_text))
     test = None if cfg.data else benchmark_pairs(cfg.eval_pairs)
     for model in (policy, reference):
         maybe_compile(model, cfg)
@@ -537,7 +561,7 @@ def train_ppo(cfg, resume):
         use_truth = torch.from_numpy((rng.random((cfg.pairs, 2)) < truth_p) & has_truth[:, None]).to(device)
 
         # Rollout: sample, mix the ground truth in, judge
-        with torch.no_grad(), autocast(cfg, device):
+        with torch.no_grad():
             tokens, old_logprobs, rewards, pictures = rollout(policy, vq, judges["train"], texts, empty, cfg, generator)
             origin = torch.zeros_like(rewards, dtype=torch.long)
             ids = repeat(tokens_of(texts, policy.cfg.n_text, device), "(p i) t -> p i g t", i=2, g=cfg.samples)
@@ -551,14 +575,16 @@ def train_ppo(cfg, resume):
                 rewards[:, :, 0] = torch.where(use_truth, own, rewards[:, :, 0])
                 rewards[:, :, 1] = torch.where(use_truth, twin, rewards[:, :, 1])
                 rows = origin > 0                       # nobody sampled these; the policy of the rollout stands in for pi_old
-                old_logprobs[rows] = score(policy, ids[rows], tokens[rows], empty, cfg.guidance, cfg.temperature)[0]
+                with autocast(cfg, device):
+                    old_logprobs[rows] = score(policy, ids[rows], tokens[rows], empty, cfg.guidance, cfg.temperature)[0]
             advantages = group_advantages(rewards, cfg.advantage, cfg.std_floor)                        # (P, 2, G)
             flat = (ids.flatten(0, 2), tokens.flatten(0, 2))
-            ref_logprobs = score(reference, *flat, empty, cfg.guidance, cfg.temperature)[0].view_as(old_logprobs) if cfg.beta else None
             weights = torch.ones_like(old_logprobs)
-            if cfg.difference:
-                divergence = prompt_divergence(policy, flat[0], ids.flip(1).flatten(0, 2), flat[1], empty, cfg.guidance, cfg.temperature)
-                weights = difference_weights(divergence, cfg.difference, cfg.difference_cap).view_as(old_logprobs)
+            with autocast(cfg, device):
+                ref_logprobs = score(reference, *flat, empty, cfg.guidance, cfg.temperature)[0].view_as(old_logprobs) if cfg.beta else None
+                if cfg.difference:
+                    divergence = prompt_divergence(policy, flat[0], ids.flip(1).flatten(0, 2), flat[1], empty, cfg.guidance, cfg.temperature)
+                    weights = difference_weights(divergence, cfg.difference, cfg.difference_cap).view_as(old_logprobs)
 
         # Update: minibatches of whole pairs
         stats = []
@@ -580,9 +606,9 @@ def train_ppo(cfg, resume):
             save_picture(cfg, f"ppo_{step + 1:04d}.png", pictures[::cfg.samples][:16], texts[:16], scale=5)
         loop.log(step, ("reward", "kl", "entropy", "clipfrac"), reward=rewards[sampled].mean(), reward_std=rewards[sampled].std(), truth_probability=truth_p,
                  frac_zero_std=flat_groups.float().mean(), **mean, **extra)
-    save_weights(out / "ppo.safetensors", policy.state_dict(), config=asdict(policy.cfg))
     if test is not None:
         finish_benchmark(cfg, policy, reference, vq, judges, test, before)
+    save_weights(out / "ppo.safetensors", policy.state_dict(), config=asdict(policy.cfg))
     loop.finish()
     print(f"curves: {draw_curves(out)}")
 
@@ -601,7 +627,7 @@ def finish_benchmark(cfg, policy, reference, vq, judges, test, before):
     for report, model in ((base, reference), (ppo, policy)):
         report["divergence_auc"] = true_difference_auc(model, vq, test)
     write_atomically(Path(cfg.out) / "paircomp.json", json.dumps({"base": base, "ppo": ppo}, indent=1).encode())
-    picks = list(range(6))                              # the first pair of each category, not the best
+    picks = list(range(len(CATEGORIES)))                              # the first pair of each category, not the best
     rows = np.stack([test.images[picks], base_images[picks, :, 0], ppo_images[picks, :, 0]], 1)         # (6, 3, 2, H, W, 3)
     labels = [label for i in picks for who in ("asked: ", "base: ", "ppo: ") for label in (who + t for t in test.prompts[i])]
     save_picture(cfg, "before_after.png", rows.reshape(-1, *rows.shape[3:]), labels, columns=6, scale=5)
@@ -704,12 +730,9 @@ def main(argv=None):
         print(f"{', '.join(missing)}: missing in {out}, trained first. About {sum(MINUTES[s] for s in [*missing, stage]):g} minutes in all on two CPU cores.")
     elif missing:
         print(f"{', '.join(missing)}: missing in {out}, trained first.")
-    config = read_json(out / "config.json", "config of the run") if (out / "config.json").exists() else {}
     for name in [*missing, stage]:
         shared = {f.name: getattr(cfg, f.name) for f in fields(Common) if f.name != "extra"}            # which belongs to a stage
         own = cfg if name == stage else replace(STAGES[name](), **{**PRESETS[preset][name], **shared})
-        config[name] = asdict(own) | {"torch": torch.__version__}
-        write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
         print(f"{name}: {own}")
         began = time.time()
         TRAIN[name](own, resume)
@@ -721,5 +744,7 @@ if __name__ == "__main__":
         main()
     except UserError as e:
         sys.exit(f"error: {e}")
+    except OSError as e:                                # a full disk, most likely, under a log or a picture
+        sys.exit(f"error: {e}; what was saved before is intact, make room and go on with --resume")
     except KeyboardInterrupt:
-        sys.exit("stopped at once; the last saved state is intact, go on with the same command and --resume")
+        sys.exit("stopped at once; what was saved before is intact, go on with the same command (and --resume, if a .state is there)")

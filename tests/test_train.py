@@ -39,6 +39,14 @@ def smoke(tmp_path_factory):
     return out
 
 
+def wait_for(condition, process):
+    """Until a running script has come so far; its death or a minute ends the test instead of hanging it."""
+    deadline = time.time() + 60
+    while not condition():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+
+
 def copy_of(smoke, folder, *stages):
     """A run folder in which the given stages are trained already."""
     folder.mkdir()
@@ -81,9 +89,7 @@ def test_killed_and_resumed_ends_bitwise_equal(smoke, tmp_path, stage):
     run("train.py", *args, "--out", whole)
     killed = copy_of(smoke, tmp_path / "killed", *train.NEEDS[stage])
     process = subprocess.Popen(command("train.py", *args, "--out", killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not (killed / f"{stage}.state").exists() and time.time() < deadline and process.poll() is None:
-        time.sleep(0.01)
+    wait_for((killed / f"{stage}.state").exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / f"{stage}.safetensors").exists(), "the run ended before it could be killed"
@@ -100,8 +106,7 @@ def test_ctrl_c_says_how_to_go_on(smoke, tmp_path):
     out = copy_of(smoke, tmp_path / "run", "tokenizer")
     process = subprocess.Popen(command("train.py", "--stage", "pretrain", "--preset", "smoke", "--steps", 5000, "--out", out), cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
-        time.sleep(0.05)
+    wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").read_text(), process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and "--resume" in stderr.splitlines()[-1] and "Traceback" not in stderr
@@ -129,7 +134,8 @@ def test_sample_draws_a_prompt_and_a_pair(smoke, tmp_path):
 
 def test_no_stage_lists_the_stages(capsys):
     train.main([])
-    assert all(stage in capsys.readouterr().out for stage in train.STAGES)
+    out = capsys.readouterr().out
+    assert all(stage in out for stage in train.STAGES)
 
 
 @pytest.mark.parametrize("args, says", [
@@ -140,6 +146,9 @@ def test_no_stage_lists_the_stages(capsys):
     (["--stage", "ppo", "--advantage", "critic"], "should be one of pair, group"),
     (["--stage", "ppo", "--pairs", "5", "--minibatches", "2"], "should divide"),
     (["--stage", "tokenizer", "--steps", "0"], "should be positive"),
+    (["--stage", "ppo", "--truth-full-until", "50"], "should rise in this order"),
+    (["--stage", "pretrain", "--n-embd", "130"], "should be a multiple of 8"),
+    (["--stage", "tokenizer", "--seed", "-1"], "should be at least 0"),
     (["--stage", "tokenizer", "--data", "nowhere.json"], "nowhere.json: no such file"),
 ])
 def test_what_is_typed_wrong_is_one_line(args, says, tmp_path):
@@ -188,7 +197,7 @@ def test_a_full_disk_loses_nothing(smoke, tmp_path, monkeypatch):
 
     def full(fd):
         calls.append(fd)
-        if len(calls) > 3:                                              # config.json, log.jsonl, the state of step 5
+        if len(calls) > 3:                                              # log.jsonl, config.json, the state of step 5
             raise OSError(28, "No space left on device")
         real(fd)
 
@@ -202,17 +211,17 @@ def test_a_full_disk_loses_nothing(smoke, tmp_path, monkeypatch):
     assert (out / "pretrain.safetensors").exists()
 
 
-def test_resuming_with_other_settings_is_refused(smoke, tmp_path, monkeypatch):
+def test_resuming_with_other_settings_is_refused(smoke, tmp_path):
     """A run that goes on with another learning rate is neither run; the message lists what differs."""
     out = copy_of(smoke, tmp_path / "run", "tokenizer")
     process = subprocess.Popen(command("train.py", "--stage", "pretrain", "--preset", "smoke", "--steps", 5000, "--save-every", 2, "--out", out), cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "pretrain.state").exists():
-        time.sleep(0.05)
+    wait_for((out / "pretrain.state").exists, process)
     process.kill()
     process.wait()
-    with pytest.raises(UserError, match="--lr 0.002 -> 0.5"):
+    with pytest.raises(UserError, match=f"--lr {train.Pretrain().lr} -> 0.5"):
         train.main(["--stage", "pretrain", "--preset", "smoke", "--steps", "5000", "--lr", "0.5", "--out", str(out), "--resume"])
+    assert json.loads((out / "config.json").read_text())["pretrain"]["lr"] == train.Pretrain().lr
 
 
 def test_a_finished_stage_is_not_overwritten(smoke):
