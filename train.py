@@ -80,7 +80,7 @@ class Tokenizer(Common):
 
 @dataclass
 class Pretrain(Common):
-    steps: int = flag(590, "optimizer steps")
+    steps: int = flag(600, "optimizer steps")
     batch: int = flag(32, "pictures a step")
     lr: float = flag(1e-3, "peak learning rate of AdamW, for embeddings, norms and the head")
     muon_lr: float = flag(0.007, "peak learning rate of Muon, for the layers' matrices; 0 leaves them to AdamW")
