@@ -348,8 +348,8 @@ def adamw(params, lr, weight_decay, eps=1e-8):
 
 
 def muon_and_adamw(modules, cfg):
-    """Muon for the matrices inside the layers, AdamW for embeddings, heads, convolutions and vectors. On two cores Muon needs about
-    half as many steps as AdamW alone; muon_lr = 0 leaves everything to AdamW."""
+    """Muon for the matrices inside the layers, AdamW for embeddings, heads, convolutions and vectors. muon_lr = 0 leaves
+    everything to AdamW."""
     named = [(name, p) for module in modules for name, p in module.named_parameters()]
     inside = {id(p) for name, p in named if cfg.muon_lr and p.dim() == 2 and name.split(".")[0] in ("layers", "attention")}
     optimizers = [adamw([p for _, p in named if id(p) not in inside], cfg.lr, cfg.weight_decay)]
@@ -543,7 +543,7 @@ def train_ppo(cfg, resume):
     lone = read_prompts(cfg.prompts) if cfg.prompts else None
     for told in filter(None, (pairs, lone)):
         training_texts(told, min(policy.cfg.n_text, JudgeConfig.n_text))
-    test = None if cfg.data else benchmark_pairs(cfg.eval_pairs)
+    test, quick_test = (None, None) if cfg.data else (benchmark_pairs(cfg.eval_pairs), benchmark_pairs(4))
     for model in (policy, reference):
         maybe_compile(model, cfg)
     empty = tokens_of([None], policy.cfg.n_text, device)
@@ -601,7 +601,7 @@ def train_ppo(cfg, resume):
         flat_groups = rewards.std(2, correction=0) < 1e-3
         extra = {}
         if test is not None and (step + 1) % cfg.eval_every == 0:
-            quick = benchmark(policy, vq, judges, benchmark_pairs(4), cfg)[0]
+            quick = benchmark(policy, vq, judges, quick_test, cfg)[0]
             extra["test"] = {judge: quick[judge]["average"] for judge in judges} | {"pair_accuracy": quick["pair_accuracy"]["average"]}
             save_picture(cfg, f"ppo_{step + 1:04d}.png", pictures[::cfg.samples][:16], texts[:16], scale=5)
         loop.log(step, ("reward", "kl", "entropy", "clipfrac"), reward=rewards[sampled].mean(), reward_std=rewards[sampled].std(), truth_probability=truth_p,
