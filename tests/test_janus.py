@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-import bench
+import memory
 import eval_paircomp
 import janus
 import model as m
@@ -331,7 +331,7 @@ def test_every_layout_loads_the_same_bits(net, folders, ours):
 def test_the_geometries_of_the_real_ones():
     """FACTS: 1B and 7B. VQ-16 as the official class has it."""
     with torch.device("meta"):
-        sizes = {k: sum(p.numel() for p in m.ImageModel(cfg).parameters()) for k, cfg in bench.JANUS.items()}
+        sizes = {k: sum(p.numel() for p in m.ImageModel(cfg).parameters()) for k, cfg in memory.JANUS.items()}
         vq = janus.VQModel(janus.VQConfig.janus())
     # 1B by hand: 102400*2048 + 16384*8 + (8*2048+2048 + 2048*2048+2048) + 24*(4*2048*2048 + 3*2048*5632 + 2*2048)
     # + 2048 + (2048*2048+2048 + 2048*16384+16384)
@@ -698,14 +698,6 @@ def test_the_janus_preset_comes_with_the_flag(folders, pairs):
     from config import parse
     assert parse(["--stage", "ppo", "--janus", "x", "--data", "y"], "")[2].guidance == 5.0
     assert parse(["--stage", "ppo"], "")[2] == PPO()
-
-
-def test_the_memory_table(capsys):
-    bench.main(["--memory"])
-    out = capsys.readouterr().out
-    assert "computed" in out and out.count("1B ") == out.count("7B ") == 4
-    one, seven = (bench.memory(bench.JANUS[k], "ppo", 4, 28) for k in ("1B", "7B"))
-    assert one["weights"] == pytest.approx(4 * 1_485_053_952 / 2 ** 30) and sum(one.values()) < 80 < sum(seven.values())
 
 
 def test_check_says_what_a_folder_holds(folders, capsys):

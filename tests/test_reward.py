@@ -229,13 +229,15 @@ def test_a_prompt_alone_and_in_a_batch_gets_the_same_answer(kind, pairs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tiny_judge_learns_a_handful_of_pairs(kind):
+    """After 350 steps one of the 24 answers was still wrong on a processor without AVX-512, whose sums round differently; 600 steps learn all
+    of them from each of four starts."""
     pairs = data.pairworld(6, "test", seed=0)                                               # one of each category
     pictures, prompts = tensors(pairs, 6)
     network, rng = small(kind).train(), np.random.default_rng(0)
     assert reward.judge_report(NetworkJudge(small(kind)), pairs.images, pairs)["accuracy"] < 0.8
     optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.95))
-    for step in range(350):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 350)
+    for step in range(600):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 600)
         optimizer.zero_grad()
         loss, _ = reward.judge_loss(network, pictures, prompts, pictures if step > 100 else None, rng)
         loss.backward()
