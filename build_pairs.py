@@ -26,12 +26,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import UserError, load_image, read_json
+from judges import JudgeError, ServerJudge, UnreadableAnswer, data_url, open_judges
 from tokenizer import write_atomically
 
 PLACES = (("S(I1,T1)", 0, 0), ("S(I2,T2)", 1, 1), ("S(I1,T2)", 0, 1), ("S(I2,T1)", 1, 0))               # name, picture, caption
 FIELDS = ("before", "after", "instruction")
 NO_PICTURE, NO_EDIT = "a picture cannot be read", "the edit was not carried out"
-NO_CAPTIONS, SAME = "no captions in the answer", "the captions are the same"
+NO_CAPTIONS, SAME, NO_SCORE = "no captions in the answer", "the captions are the same", "the judge answers neither yes nor no"
 DESCRIBE = """The second picture was made from the first by this edit: "{instruction}".
 Answer with one JSON object and nothing else, with three keys. "followed": true if the second picture shows what the edit asks for and is \
 otherwise like the first, else false. "caption1": one sentence of at most 30 words that describes the first picture. "caption2": the same \
@@ -70,8 +71,6 @@ def describe_by(server):
     """A `judges.ServerJudge` -> describe(before, after, instruction): pictures (H, W, 3) uint8 -> the VLM's answer, a string.
 
     One chat completion with two pictures. Tries again, time-outs and the key are the server's own; its JudgeError comes through."""
-    from judges import JudgeError, data_url
-
     def describe(before, after, instruction):
         content = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in (before, after)]
         content.append({"type": "text", "text": DESCRIBE.format(instruction=instruction)})
@@ -85,39 +84,31 @@ def describe_by(server):
     return describe
 
 
-def consider(edits, score, describe, size, pool):
-    """Edits, each with `files` (before, after) -> undecided rows, a row an edit. The VLM is asked about all of them at once, then the judge.
+def consider(edit, score, describe, size):
+    """An edit, with its `files` (before, after) -> an undecided row: captions by the VLM, then four scores by the judge.
 
-    score(images, prompts) -> B scores in [0, 1], a list of (H, W, 3) uint8 and B strings; describe(before, after, instruction) -> text."""
-    rows, images = [], []
-    for edit in edits:
-        rows.append({key: edit[key] for key in FIELDS} | {"prompt1": None, "prompt2": None, "scores": None, "kept": False, "reasons": []})
-        try:
-            images.append([load_image(file, size) for file in edit["files"]])
-        except UserError as e:
-            images.append(None)
-            rows[-1] |= {"reasons": [NO_PICTURE], "told": str(e)}
-    seen = [n for n, two in enumerate(images) if two]
-    for n, answer in zip(seen, pool.map(lambda n: describe(*images[n], edits[n]["instruction"]), seen)):
-        told = read_captions(answer)
-        rows[n] |= {"prompt1": told["caption1"], "prompt2": told["caption2"]} if told else {"told": answer[:500]}
-        if not told:
-            rows[n]["reasons"] = [NO_CAPTIONS]
-        elif not told["followed"]:
-            rows[n]["reasons"] = [NO_EDIT]
-        elif told["caption1"].lower() == told["caption2"].lower():
-            rows[n]["reasons"] = [SAME]
-    asked = [(n, name, i, k) for n in seen if not rows[n]["reasons"] for name, i, k in PLACES]
-    if asked:
-        prompts = [rows[n][("prompt1", "prompt2")[k]] for n, _, _, k in asked]
-        try:
-            scores = score([images[n][i] for n, _, i, _ in asked], prompts)
-        except UserError as e:              # an answer that cannot be read names its prompt, but the reader knows edits, not captions
-            about = [rows[n]["before"] for (n, *_), prompt in zip(asked, prompts) if repr(prompt[:60]) in str(e)]
-            raise UserError(f"{e} (the edit of {about[0]}; it may be taken out of the list)" if about else str(e)) from e
-        for (n, name, _, _), value in zip(asked, scores):
-            rows[n]["scores"] = (rows[n]["scores"] or {}) | {name: round(float(value), 6)}
-    return rows
+    score(images, prompts) -> B scores in [0, 1], a list of (H, W, 3) uint8 and B strings; describe(before, after, instruction) -> text.
+    Whatever cannot be scored is dropped with its reason; a judge that is gone is an error."""
+    row = {key: edit[key] for key in FIELDS} | {"prompt1": None, "prompt2": None, "scores": None, "kept": False, "reasons": []}
+    try:
+        images = [load_image(file, size) for file in edit["files"]]
+    except UserError as e:
+        return row | {"reasons": [NO_PICTURE], "told": str(e)}
+    answer = describe(*images, edit["instruction"])
+    told = read_captions(answer)
+    if not told:
+        return row | {"reasons": [NO_CAPTIONS], "told": answer[:500]}
+    captions = [told["caption1"], told["caption2"]]
+    row |= {"prompt1": captions[0], "prompt2": captions[1]}
+    if not told["followed"]:
+        return row | {"reasons": [NO_EDIT]}
+    if captions[0].lower() == captions[1].lower():
+        return row | {"reasons": [SAME]}
+    try:
+        scores = score([images[i] for _, i, _ in PLACES], [captions[k] for _, _, k in PLACES])
+    except UnreadableAnswer as e:
+        return row | {"reasons": [NO_SCORE], "told": str(e)}
+    return row | {"scores": {name: round(float(value), 6) for (name, _, _), value in zip(PLACES, scores)}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,14 +170,13 @@ def build(path, out, score, describe, judge, size=384, high=0.7, low=0.3, worker
             tqdm(total=len(edits), initial=len(edits) - len(todo), desc="decide", unit="edit") as bar:
         for start in range(0, len(todo), workers):
             try:
-                decided = consider(todo[start:start + workers], score, describe, size, pool)
+                for row in pool.map(lambda edit: consider(edit, score, describe, size), todo[start:start + workers]):
+                    row = decide(row | {"judge": judge, "size": size}, high, low)
+                    rows[key_of(row)] = row
+                    decisions.write(json.dumps(row) + "\n")
+                    bar.update()
             except UserError as e:
                 raise UserError(f"{e}; {len(rows)} decisions are kept in {file}, the same command goes on from there") from e
-            for row in decided:
-                row = decide(row | {"judge": judge, "size": size}, high, low)
-                rows[key_of(row)] = row
-                decisions.write(json.dumps(row) + "\n")
-                bar.update()
             decisions.flush()
             os.fsync(decisions.fileno())
     mine = [(edit, rows[key]) for key, edit in edits.items()]
@@ -218,16 +208,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.low <= 1 or not 0 <= args.high <= 1 or args.size < 1 or args.workers < 1:
         raise UserError(f"--high {args.high} --low {args.low}: should be in 0..1; --size {args.size} --workers {args.workers}: should be positive")
-    try:
-        from judges import ServerJudge, open_judges
-    except ModuleNotFoundError as e:
-        raise UserError(f"--build needs {e.name}, which asks the judge's server") from e
     judges = open_judges(args.judge, workers=args.workers)
     writer = ServerJudge(args.captions, workers=args.workers) if args.captions else judges.judges[0]
     if not isinstance(writer, ServerJudge):
         raise UserError(f"--judge {args.judge[0]}: cannot write captions; give --captions URL, a server with a vision-language model")
-    names = [judge.model if isinstance(judge, ServerJudge) else judge.name for judge in [*judges.judges, writer]]       # a URL may change
-    name = ", ".join(dict.fromkeys(names))
+    name = ", ".join(dict.fromkeys([*judges.who, writer.who]))
     summary = build(args.build, args.out, judges.score, describe_by(writer), name, args.size, args.high, args.low, args.workers)
     print(format_summary(summary))
     print(f"pairs in {args.out}/pairs.json, every decision in {args.out}/decisions.jsonl")

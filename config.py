@@ -203,6 +203,8 @@ def check(cfg):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: should be a multiple of {unit}")
     if isinstance(cfg, PPO) and not cfg.truth_full_until <= cfg.truth_low_at <= cfg.truth_zero_at:
         raise UserError("--truth-full-until, --truth-low-at and --truth-zero-at: should rise in this order; 0 0 0 switches ground truth off")
+    if isinstance(cfg, PPO) and cfg.truth_zero_at and cfg.samples < 2 + cfg.truth_twin:
+        raise UserError(f"--samples {cfg.samples}: should be at least {2 + cfg.truth_twin}, since ground truth replaces {1 + cfg.truth_twin} of them")
     if cfg.janus and isinstance(cfg, Tokenizer):
         raise UserError("--janus: the tokenizer comes with the checkpoint, there is nothing to train; go on with --stage pretrain or ppo")
     if cfg.janus and not cfg.data:

@@ -365,6 +365,12 @@ class PairSet:
         blank = np.zeros((2, self.size, self.size, 3), np.uint8)
         return np.stack([blank if self.images[i] is None else np.stack([load_image(p, self.size) for p in self.images[i]]) for i in indices])
 
+    def load_rows(self, rows):
+        """Rows (n,) of the 2P pictures, in the order of `texts` -> (n, H, W, 3) uint8."""
+        if isinstance(self.images, np.ndarray):
+            return self.images[rows // 2, rows % 2]
+        return np.stack([load_image(self.images[row // 2][row % 2], self.size) for row in rows])
+
 
 def load_image(path, size):
     """A file -> (size, size, 3) uint8 RGB: short side resized, centre cropped. size None: as it is, (H, W, 3).

@@ -2,6 +2,7 @@
 
     python eval_paircomp.py --run runs/tiny                                                  # the PairWorld benchmark
     python eval_paircomp.py --run runs/tiny --policy pretrain                                # the same before PPO
+    python eval_paircomp.py --run runs/tiny --judge http://HOST:8000/v1                      # the same by another judge
     python eval_paircomp.py --generate --run runs/tiny --prompts PairComp.json --images DIR  # X_Y_Z.png; goes on where it stopped
     python eval_paircomp.py --score --images DIR --prompts PairComp.json --run runs/tiny --out scores.json
     python eval_paircomp.py --score --images DIR --prompts PairComp.json --judge http://HOST:8000/v1 --out scores.json     # judges.py has more
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from compare import difference_report, markdown, read_arms, truth_report
 from data import ATTRIBUTES, CATEGORIES, IMAGE_SIZE, UserError, different_attributes, load_image, pairworld, read_json, read_scene
 from janus import load_janus, load_text
-from judges import is_elsewhere, open_judges
+from judges import JudgeError, is_elsewhere, open_judges
 from leaderboard import format_leaderboard
 from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, stored_autocast
 from plots import draw_comparison
@@ -42,6 +43,8 @@ from tokenizer import VQConfig, VQModel, decode_ids, load_module, load_strictly,
 OFFICIAL_NAMES = {"Overall appearance difference": "overall", "Color difference": "color", "Counting difference": "counting",
                   "Position difference": "position", "Style & Tone difference": "style", "Text difference": "text"}
 PICTURES = 2                                                            # K of the official protocol
+SCORED_AT_ONCE = 256                                                    # pictures; what a judge elsewhere said of them is then on disk
+OWN_JUDGE = "heldout"                                                   # of a run, and who judges where nobody is named
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,7 +339,15 @@ def check_pictures(folder, n_pairs):
 def run_benchmark(args):
     """Pictures of a policy for the PairWorld benchmark, judged: prints the table, writes RUN/paircomp_POLICY.json."""
     device, pairs = pick_device(args.device), benchmark_pairs(args.n)
-    (vq, model), judges = load_policy(args.run, args.policy, device), load_judges(args.run, device)
+    vq, model = load_policy(args.run, args.policy, device)
+    if vq.cfg.image_size != IMAGE_SIZE:
+        raise UserError(f"{args.run}: draws pictures of {vq.cfg.image_size} pixels, PairWorld's have {IMAGE_SIZE}; use --generate, --score and --summarize")
+    if args.judge == [OWN_JUDGE]:
+        if not (Path(args.run) / "reward.safetensors").exists():
+            raise UserError(f"{args.run}: has no judges of its own (it was trained with --judge); say who judges: --judge URL or transformers:DIR")
+        judges = load_judges(args.run, device)
+    else:
+        judges = {"judge": open_judges(args.judge, device), "oracle": OracleJudge()}
     prompts = pairs.texts()
     with tqdm(total=len(prompts), desc="generate", unit="prompt") as bar:
         images = generate_images(model, vq, prompts, PICTURES, args.guidance, args.temperature, args.seed, args.batch, bar.update)
@@ -376,29 +387,41 @@ def generate_files(model, vq, prompts, files, per_prompt, guidance, temperature,
 
 
 def open_judge(args):
-    """--judge -> the judge and the size of picture that it wants, None for pictures as they are."""
+    """--judge -> the judge and the size of picture that it wants, None for pictures as they are. A judge elsewhere, whom asking costs time
+    and perhaps money, remembers in a file beside --out."""
     if all(map(is_elsewhere, args.judge)):
-        return open_judges(args.judge, pick_device(args.device)), None
+        panel = open_judges(args.judge, pick_device(args.device))
+        panel.remember(answers_path(args))
+        return panel, None
     if args.judge == ["oracle"]:
         return OracleJudge(), IMAGE_SIZE
     judge = load_judges(args.run, pick_device(args.device))[args.judge[0]]
     return judge, judge.network.cfg.grid * judge.network.cfg.patch
 
 
+def answers_path(args):
+    return Path(f"{args.out}.answers")
+
+
 def run_score(args):
-    """A judge's scores of a folder of X_Y_Z.png, in the official layout."""
+    """A judge's scores of a folder of X_Y_Z.png, in the official layout. A run that was stopped goes on where it was."""
     two, _ = read_benchmark(args.prompts)
     places = [(p, i, k) for p in range(len(two)) for i in range(2) for k in range(PICTURES)]
     check_pictures(args.images, len(two))
     judge, size = open_judge(args)
     scores = {str(p): [] for p in range(len(two))}
-    for start in tqdm(range(0, len(places), 256), desc="score", unit="batch"):
-        some_places = places[start:start + 256]
+    for start in tqdm(range(0, len(places), SCORED_AT_ONCE), desc="score", unit="batch"):
+        some_places = places[start:start + SCORED_AT_ONCE]
         images = [load_image(image_path(args.images, *place), size) for place in some_places]
         images = np.stack(images) if size else images
-        for (p, i, k), score in zip(some_places, judge.score(images, [two[p][i] for p, i, _ in some_places]).tolist()):
+        try:
+            answers = judge.score(images, [two[p][i] for p, i, _ in some_places])
+        except JudgeError as e:
+            raise UserError(f"{e}; {start} of {len(places)} scores are kept in {answers_path(args)}, the same command goes on from there") from e
+        for (p, i, k), score in zip(some_places, answers.tolist()):
             scores[str(p)].append({"pair_idx": p, "prompt_idx": i, "image_idx": k, "score": score})
     write_json(args.out, scores)
+    answers_path(args).unlink(missing_ok=True)
     print(f"{len(places)} scores of the judge {' and '.join(judge.names if size is None else args.judge)} in {args.out}")
 
 
@@ -429,9 +452,9 @@ def run_compare(args):
 
 POLICY = {"policy": "ppo", "seed": 0, "device": "auto", "guidance": 1.0, "temperature": 1.0, "batch": 64}
 MODES = {  # mode: what it does, the flags it needs, the flags it may have and their defaults
-    "benchmark": (run_benchmark, ["run"], {"n": 20, **POLICY}),
+    "benchmark": (run_benchmark, ["run"], {"n": 20, "judge": [OWN_JUDGE], **POLICY}),
     "generate": (run_generate, ["prompts", "images"], {"run": None, "janus": None, **POLICY}),
-    "score": (run_score, ["images", "prompts", "out"], {"run": None, "judge": ["heldout"], "device": "auto"}),
+    "score": (run_score, ["images", "prompts", "out"], {"run": None, "judge": [OWN_JUDGE], "device": "auto"}),
     "summarize": (run_summarize, ["prompts"], {"out": None}),
     "compare": (run_compare, ["baseline"], {"out": None}),
 }
@@ -468,11 +491,13 @@ def main(argv=None):
                      "--summarize SCORES, --compare RUN ..., or --run DIR alone for the PairWorld benchmark")
     mode = (chosen or ["benchmark"])[0]
     what, needs, options = MODES[mode]
-    judges = args.judge or ["heldout"]
+    judges = args.judge or [OWN_JUDGE]
     if not all(map(is_elsewhere, judges)) and (len(judges) > 1 or judges[0] not in ("heldout", "train", "oracle")):
         parser.error(f"--judge {' '.join(judges)}: should be heldout, train or oracle, or one or more of http://HOST:PORT/v1 and transformers:DIR")
     if mode == "score" and judges[0] in ("heldout", "train"):
         needs = needs + ["run"]
+    if mode == "benchmark" and args.judge and not is_elsewhere(judges[0]):
+        parser.error(f"--judge {judges[0]}: the PairWorld benchmark asks the run's own judges and the oracle anyway; name one elsewhere, or none")
     lacking, alien = [n for n in needs if n not in given], sorted(given - {*needs, *options})
     if lacking or alien:
         parser.error(f"{'the PairWorld benchmark' if mode == 'benchmark' else '--' + mode} "

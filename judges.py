@@ -8,7 +8,8 @@ They answer QUESTION with one token, and R = P(yes) / (P(yes) + P(no)), P(yes) t
 (official code: internvl_img.py, evaluate_images.py). The official code reads probabilities after the sampler's filters; here
 they are the model's own. A score that nobody gave is never made up: an answer that cannot be read ends in a JudgeError.
 
-A server's key is read from the environment variable JUDGE_API_KEY. It is sent to the judges' servers and written nowhere.
+A server's key is read from the environment: JUDGE_API_KEY_HOST_PORT for one server (JUDGE_API_KEY_LOCALHOST_8000, in capitals, with _ for
+what is no letter or digit), or JUDGE_API_KEY for all that have none of their own. It is sent to those servers and written nowhere.
 """
 import base64
 import hashlib
@@ -16,6 +17,9 @@ import io
 import json
 import math
 import os
+import re
+import sys
+import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,14 +27,17 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from data import UserError
+from tokenizer import write_atomically
 
 # One constant for training and evaluation. It begins with a space since the official one is '<image>\n Does this ...' and a
 # server puts image and newline before it. The official code ends it in a full stop in training and not in evaluation.
 QUESTION = ' Does this image match the description "{prompt}", please directly respond with yes or no'
 YES, NO = ("yes", "Yes", "YES"), ("no", "No", "NO")
 TOP_LOGPROBS = 20                       # the most that vLLM lists unless told otherwise (--max-logprobs)
+PATIENCE = 30                           # seconds without an answer before a run says so
 CUT = -9999.0                           # vLLM's stand-in for a log-prob of minus infinity: a token that a filter took out
 
 
@@ -38,13 +45,17 @@ class JudgeError(UserError):
     """A judge that cannot be reached, or whose answer cannot be read."""
 
 
+class UnreadableAnswer(JudgeError):
+    """A judge that answers as it should, but neither yes nor no: of this picture and prompt there is no score."""
+
+
 class Panel:
     """One judge or several, asked at once; R is the mean of theirs. Each picture and prompt is asked once: answers are kept, about
     100 bytes each, by a digest of the picture's pixels and the prompt."""
 
     def __init__(self, judges):
-        self.judges, self.known = judges, {}
-        self.names = [judge.name for judge in judges]
+        self.judges, self.known, self.file = judges, {}, None
+        self.names, self.who = ([getattr(judge, kind) for judge in judges] for kind in ("name", "who"))
         self.remote = any(isinstance(judge, ServerJudge) for judge in judges)
 
     def score(self, images, prompts):
@@ -60,9 +71,26 @@ class Panel:
 
         def answers():
             if new:
-                self.known.update(zip(new, torch.stack([ready() for ready in waiting]).mean(0).tolist()))
+                learned = dict(zip(new, torch.stack([ready() for ready in waiting]).mean(0).tolist()))
+                self.known.update(learned)
+                if self.file:
+                    self.file.write("".join(f'["{key.hex()}", {score!r}]\n' for key, score in learned.items()))
             return torch.tensor([self.known[key] for key in keys])
         return answers
+
+    def remember(self, path):
+        """Keep every answer in a file as it comes, a line of JSON each, and do not ask again for what it holds already. UserError if it is
+        of other judges. A last line that a kill cut short is left out."""
+        whole = Path(path).read_bytes().rpartition(b"\n")[0].splitlines() if Path(path).exists() else []
+        try:
+            lines = [json.loads(line) for line in whole]
+            if lines and lines[0] != self.who:
+                raise UserError(f"{path}: holds the answers of {', '.join(map(str, lines[0]))}, not of {', '.join(self.who)}; remove it or give another --out")
+            self.known.update((bytes.fromhex(key), float(score)) for key, score in lines[1:])
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{path}: does not hold a judge's answers ({e}); remove it") from e
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines or [self.who]).encode())
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
 
 
 def submit(judge, images, prompts):
@@ -117,9 +145,11 @@ class ServerJudge:
         check_spec(url)
         self.url, _, model = url.partition("#")
         self.url = self.url.rstrip("/") + ("" if urlsplit(self.url).path.strip("/") else "/v1")
-        self.key, self.question, self.failed = os.environ.get("JUDGE_API_KEY", ""), question, None
+        self.own_variable = "JUDGE_API_KEY_" + re.sub("[^A-Z0-9]", "_", urlsplit(self.url).netloc.upper())
+        variable = self.own_variable if self.own_variable in os.environ else "JUDGE_API_KEY"
+        self.key, self.question, self.failed = os.environ.get(variable, ""), question, None
         if not self.key.isprintable() or not self.key.isascii():
-            raise UserError("JUDGE_API_KEY: holds characters that no HTTP header can carry; set it again, without a line break")
+            raise UserError(f"{variable}: holds characters that no HTTP header can carry; set it again, without a line break")
         again = urllib3.Retry(retries, allowed_methods=None, status_forcelist=(429, 500, 502, 503, 504), backoff_factor=0.5, backoff_max=30,
                               backoff_jitter=0.5, retry_after_max=120)
         self.http = urllib3.PoolManager(maxsize=workers, block=True, retries=again,
@@ -127,7 +157,7 @@ class ServerJudge:
         self.errors = urllib3.exceptions.HTTPError
         self.workers = ThreadPoolExecutor(workers, thread_name_prefix="judge")
         self.model = model or self.only_model()
-        self.name = f"{self.url}#{self.model}"
+        self.name, self.who = f"{self.url}#{self.model}", self.model            # who it is does not depend on where it is
 
     def request(self, method, path, body=None):
         """-> the answer's JSON. JudgeError says what is wrong, for a reader who can mend it."""
@@ -138,8 +168,8 @@ class ServerJudge:
             reason = getattr(e, "reason", None) or e
             raise JudgeError(f"{self.url}: the judge is gone ({self.safe(reason)}, and again after every wait); see that it runs") from e
         if response.status in (401, 403):
-            raise JudgeError(f"{self.url}: the judge refuses the key (status {response.status}); set the environment variable JUDGE_API_KEY"
-                             + (" to the right one" if self.key else ""))
+            raise JudgeError(f"{self.url}: the judge {'refuses the key' if self.key else 'wants a key'} (status {response.status}); set the environment "
+                             f"variable JUDGE_API_KEY, or {self.own_variable} for this server alone")
         if response.status != 200:
             raise JudgeError(f"{self.url}{path}: status {response.status}: {self.safe(response.data.decode(errors='replace'))}")
         try:
@@ -174,16 +204,26 @@ class ServerJudge:
                 "logprobs": True, "top_logprobs": TOP_LOGPROBS})
             return answer_probability(listed_tokens(answer))
         except JudgeError as e:
-            self.failed = self.failed or JudgeError(f"judge {self.safe(e, 1000)}" if isinstance(e.__cause__, self.errors)
-                                                    else f"judge {self.name}, prompt {prompt[:60]!r}: {self.safe(e, 1000)}")
-            raise self.failed from e
+            told = type(e)(f"judge {self.safe(e, 1000)}" if isinstance(e.__cause__, self.errors)
+                           else f"judge {self.name}, prompt {prompt[:60]!r}: {self.safe(e, 1000)}")
+            if not isinstance(e, UnreadableAnswer):     # which says nothing of the next one
+                self.failed = self.failed or told
+            raise told from e
 
     def submit(self, images, prompts):
         """Start to ask -> a function that waits for the R (B,) fp32. Answers come in any order; R does not."""
         futures = [self.workers.submit(self.ask, image, prompt) for image, prompt in zip(images, prompts)]
 
         def answers():
-            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+            waiting, known = futures, 0
+            while waiting:
+                done, waiting = wait(futures, timeout=PATIENCE, return_when=FIRST_EXCEPTION)
+                if any(future.exception() for future in done):
+                    break
+                if waiting and len(done) == known:
+                    tqdm.write(f"judge {self.name}: no answer for {PATIENCE} s, {len(waiting)} to come; it is asked again until it has to be gone",
+                               file=sys.stderr)
+                known = len(done)
             for future in waiting:
                 future.cancel()
             for future in done:
@@ -229,8 +269,8 @@ def answer_probability(listed):
     yes, no = (sum(p for token, p in listed if token in spellings) for spellings in (YES, NO))
     told = ", ".join(f"{token!r} {p:.3g}" for token, p in listed[:5])
     if not yes and not no:
-        raise JudgeError(f"answers neither yes nor no, but {told}; this model does not answer such a question with its first token (one "
-                         "that thinks first needs that switched off)")
+        raise UnreadableAnswer(f"answers neither yes nor no, but {told}; this model does not answer such a question with its first token (one "
+                               "that thinks first needs that switched off)")
     if len(listed) < 2:
         raise JudgeError(f"lists {told} alone, and one token says nothing of the other answer; the server should list {TOP_LOGPROBS} "
                          "(top_logprobs)")
@@ -258,7 +298,9 @@ class TransformersJudge:
             model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
         except (OSError, ValueError, ImportError, KeyError, SafetensorError) as e:      # what transformers raises for a folder that it cannot load
             raise UserError(f"--judge transformers:{folder}: cannot be loaded ({' '.join(str(e).split())[:300]})") from e
-        self.model, self.device, self.question, self.batch, self.name = model.to(device).eval(), device, question, batch, f"transformers:{folder}"
+        self.model, self.device, self.question, self.batch = model.to(device).eval(), device, question, batch
+        self.name = self.who = f"transformers:{folder}"
+        self.one_at_a_time = threading.Lock()
         self.processor.tokenizer.padding_side = "left"                  # the answer then starts at the same place in every row
         vocabulary = self.processor.tokenizer.get_vocab()
         # "▁Yes" is sentencepiece's Yes at the beginning of an answer; the official code reads "Yes" alone, of a model that writes that
@@ -269,22 +311,24 @@ class TransformersJudge:
     @torch.no_grad()
     def submit(self, images, prompts):
         """Scores at once: images B (H, W, 3) uint8, B strings -> a function that returns the R (B,) fp32."""
-        scores = []
-        for start in range(0, len(prompts), self.batch):
-            rows = zip(images[start:start + self.batch], prompts[start:start + self.batch])
-            talks = [[{"role": "user", "content": [{"type": "image", "image": Image.fromarray(image)},
-                                                   {"type": "text", "text": self.question.format(prompt=prompt)}]}] for image, prompt in rows]
-            inputs = self.processor.apply_chat_template(talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-                                                         processor_kwargs={"padding": True})
-            # generate knows each model's own positions under padding; output_logits are those that no filter has touched
-            answer = self.model.generate(**inputs.to(self.device, self.model.dtype), max_new_tokens=1, do_sample=False, output_logits=True,
-                                         return_dict_in_generate=True)
-            logits = answer.logits[0].float()                                                           # (b, V)
-            scores.append(torch.sigmoid(logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)).cpu())
-        scores = torch.cat(scores)
+        starts = range(0, len(prompts), self.batch)
+        with self.one_at_a_time:                        # several threads may ask
+            scores = torch.cat([self.ask(images[i:i + self.batch], prompts[i:i + self.batch]) for i in starts])
         if not scores.isfinite().all():
             raise JudgeError(f"{self.name}: logits that are not finite; load it in another dtype")
         return lambda: scores
+
+    def ask(self, images, prompts):
+        """A batch of b images (H, W, 3) uint8, b strings -> R (b,) fp32 on the CPU."""
+        talks = [[{"role": "user", "content": [{"type": "image", "image": Image.fromarray(image)},
+                                               {"type": "text", "text": self.question.format(prompt=prompt)}]}] for image, prompt in zip(images, prompts)]
+        inputs = self.processor.apply_chat_template(talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                                                     processor_kwargs={"padding": True})
+        # generate knows each model's own positions under padding; output_logits are those that no filter has touched
+        answer = self.model.generate(**inputs.to(self.device, self.model.dtype), max_new_tokens=1, do_sample=False, output_logits=True,
+                                     return_dict_in_generate=True)
+        logits = answer.logits[0].float()                                                               # (b, V)
+        return torch.sigmoid(logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)).cpu()
 
     def score(self, images, prompts):
         return self.submit(images, prompts)()

@@ -166,6 +166,15 @@ class Loop:
             optimizer.zero_grad(set_to_none=True)       # their memory is free for the next rollout
         return norm
 
+    def guarded(self, step, ask):
+        """ask(), of what comes before a step's update and may fail for a reason that the user can mend: a judge that is gone, a picture that
+        cannot be read. The run then ends, and nothing that it learned is lost."""
+        try:
+            return ask()
+        except UserError as e:
+            self.save(step)
+            raise UserError(f"{self.stage}, step {step}: {e}. {self.path} of step {step} is intact: mend it, then the same command with --resume") from e
+
     def finish(self):
         """The stage's weights are on disk: its state is needed no more."""
         self.path.unlink(missing_ok=True)

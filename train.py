@@ -91,7 +91,7 @@ def train_tokenizer(cfg, resume):
             with torch.no_grad():
                 z = [vq.latents(from_pixels(draw(pairs, rng, 128), device)) for _ in range(8)]
             codebook.copy_(kmeans_codes(rearrange(torch.cat(z), "b d h w -> (b h w) d"), cfg.codebook_size, generator))
-        x = from_pixels(draw(pairs, rng, cfg.batch), device)
+        x = from_pixels(loop.guarded(step, lambda: draw(pairs, rng, cfg.batch)), device)
         with autocast(cfg, device):
             loss, z, ids, picture = vq_loss(vq, x, step >= cfg.unquantized, cfg.commitment, cfg.rate * usage.log())
         norm = loop.update(step, loss)
@@ -139,7 +139,8 @@ def train_pretrain(cfg, resume):
     device = pick_device(cfg.device)
     vq = load_module(Path(cfg.out) / "tokenizer.safetensors", VQModel, VQConfig, device)
     pairs = training_pairs(cfg, vq.cfg.image_size)
-    codes = encode_pairs(vq, pairs, device).flatten(0, 1)                                               # (2P, N)
+    # PairWorld's pictures are encoded once; a folder's, which may be hundreds of thousands, when a batch has them
+    codes = None if cfg.data else encode_pairs(vq, pairs, device).flatten(0, 1)                         # (2P, N)
     torch.manual_seed(cfg.seed)
     if cfg.janus:
         model = load_janus(cfg.janus, device)[1]
@@ -158,12 +159,13 @@ def train_pretrain(cfg, resume):
         chosen = rng.integers(len(texts), size=cfg.batch)
         dropped = rng.random(cfg.batch) < cfg.caption_dropout
         prompts = tokens_of([texts[i] for i in chosen], model.cfg.n_text, device, model.text, dropped)
+        tokens = codes[chosen].to(device) if codes is not None else encode_images(vq, loop.guarded(step, lambda: pairs.load_rows(chosen)), device)
         parts = []
 
         def losses():
             for rows in torch.arange(cfg.batch).chunk(cfg.accumulate):
                 with autocast(cfg, device):
-                    logprobs, entropy = score(model, prompts[rows], codes[chosen[rows]].to(device))
+                    logprobs, entropy = score(model, prompts[rows], tokens[rows])
                 loss, share = -logprobs.mean(), len(rows) / cfg.batch
                 parts.append((loss.detach() * share, entropy.mean() * share))
                 yield loss * share
@@ -201,7 +203,8 @@ def train_reward(cfg, resume):
         for n, (name, judge) in enumerate(judges.items()):
             rng, _ = step_random(replace(cfg, seed=cfg.seed + 1000 * n), "reward", step)                # each judge sees pairs of its own
             chosen = rng.integers(len(pairs), size=cfg.batch)
-            x = rearrange(from_pixels(pairs.load(chosen).reshape(-1, vq.cfg.image_size, vq.cfg.image_size, 3), device), "(p i) c h w -> p i c h w", i=2)
+            images = loop.guarded(step, lambda: pairs.load(chosen))                                      # (P, 2, H, W, 3)
+            x = rearrange(from_pixels(images.reshape(-1, *images.shape[2:]), device), "(p i) c h w -> p i c h w", i=2)
             renderings = x.clone()
             with torch.no_grad():                       # half the pairs as the policy would draw them: through the tokenizer
                 half = cfg.batch // 2
@@ -253,15 +256,17 @@ def train_ppo(cfg, resume):
     for step in loop:
         extra = {}
         if test is not None and step % cfg.eval_every == 0:                                             # at step 0: the base model
-            quick = answered(loop, step, lambda: benchmark(policy, vq, judges, quick_test, cfg)[0])
+            quick = loop.guarded(step, lambda: benchmark(policy, vq, judges, quick_test, cfg)[0])
             extra["test"] = {judge: quick[judge]["average"] for judge in judges} | {"pair_accuracy": quick["pair_accuracy"]["average"]}
 
         # The step's prompts, and which of them are shown ground truth
         rng, generator = step_random(cfg, "ppo", step, device)
         chosen = rng.integers(len(pairs), size=cfg.mine * cfg.pairs)
         if cfg.mine > 1:                                # keep the pairs that the policy confuses most
+            images = loop.guarded(step, lambda: pairs.load(chosen))
             with autocast(cfg, device):
-                chosen = chosen[told_apart(policy, vq, pairs, chosen, empty, pi).argsort(stable=True)[:cfg.pairs].numpy()]
+                margins = told_apart(policy, vq, images, [text for i in chosen for text in pairs.prompts[i]], empty, pi)
+            chosen = chosen[margins.argsort(stable=True)[:cfg.pairs].numpy()]
         prompts, has_truth = [pairs.prompts[i] for i in chosen], pairs.has_images(chosen)
         if lone:
             for p in np.flatnonzero(rng.random(cfg.pairs) < cfg.prompts_share):
@@ -277,7 +282,7 @@ def train_ppo(cfg, resume):
             ids, rollout, answers = repeat(ids, "p i t -> p i g t", g=cfg.samples), [], []
             asked = (texts, twins) if cfg.reward in ("product", "margin", "shared") or cfg.choice else (texts,)
             if use_truth.any():
-                images = pairs.load(chosen)
+                images = loop.guarded(step, lambda: pairs.load(chosen))
                 with autocast(cfg, device):                                                             # in bf16 on cuda
                     truth = rearrange(encode_images(vq, images.reshape(-1, *images.shape[2:]), device), "(p i) n -> p i n", i=2)
             for part in torch.arange(cfg.pairs).split(together):
@@ -290,7 +295,7 @@ def train_ppo(cfg, resume):
                 pictures = decode_ids(vq, tokens.flatten(0, 2))                                         # (P*2*G, H, W, 3)
                 rollout.append((tokens, old_logprobs, origin, torch.from_numpy(pictures)))
                 rows = [2 * p + i for p in part.tolist() for i in range(2) for _ in range(cfg.samples)]     # of the 2P prompts
-                answers.append([submit(judges["train"], pictures, [told[row] for row in rows]) for told in asked])
+                answers.append(loop.guarded(step, lambda: [submit(judges["train"], pictures, [told[row] for row in rows]) for told in asked]))
             tokens, old_logprobs, origin, pictures = map(torch.cat, zip(*rollout))                      # (P, 2, G, ...), pictures (2PG, H, W, 3)
             pictures = pictures.numpy()
             with autocast(cfg, device):                 # while the last part is judged
@@ -298,7 +303,7 @@ def train_ppo(cfg, resume):
                     rows = origin != SAMPLED            # nobody sampled these; the policy of the rollout stands in for pi_old
                     old_logprobs[rows] = score(policy, ids[rows], tokens[rows], empty, **pi)[0]
                 ref_logprobs = score(reference, ids.flatten(0, 2), tokens.flatten(0, 2), empty, **pi)[0].view_as(old_logprobs) if cfg.beta else None
-            answers = answered(loop, step, lambda: [torch.cat([ready() for ready in told]).to(device).view_as(origin) for told in zip(*answers)])
+            answers = loop.guarded(step, lambda: [torch.cat([ready() for ready in told]).to(device).view_as(origin) for told in zip(*answers)])
             own, twin = answers[0], answers[-1]         # (P, 2, G)
             if lone:                                    # a prompt without a twin has nothing to be told from
                 twin = torch.where(torch.tensor([a == b for a, b in prompts], device=device)[:, None, None], 0.0, twin)
@@ -364,10 +369,10 @@ def train_ppo(cfg, resume):
 
 
 @torch.no_grad()
-def told_apart(policy, vq, pairs, chosen, empty, pi):
-    """How well the policy tells a pair's two pictures apart by their prompts: the mean over both of log pi(I | T) - log pi(I | T'), T' the
-    twin's prompt. Low where it confuses them. n indices -> (n,) nats a picture, on the CPU. Nothing is sampled and no judge is asked."""
-    images, texts = pairs.load(chosen), [text for i in chosen for text in pairs.prompts[i]]
+def told_apart(policy, vq, images, texts, empty, pi):
+    """How well the policy tells n pairs' two pictures apart by their prompts: the mean over both of log pi(I | T) - log pi(I | T'), T' the
+    twin's prompt. Low where it confuses them. images (n, 2, H, W, 3) uint8, 2n strings -> (n,) nats a picture, on the CPU. Nothing is
+    sampled and no judge is asked."""
     device = policy.embed_tokens.weight.device
     tokens = encode_images(vq, images.reshape(-1, *images.shape[2:]), device)                           # (2n, N)
     own = tokens_of(texts, policy.cfg.n_text, device, policy.text)
@@ -388,15 +393,6 @@ def judges_of(cfg, device):
         judges["heldout"] = open_judges([cfg.heldout_judge], device, **server)
         cfg = replace(cfg, heldout_judge=judges["heldout"].names[0])
     return cfg, {name: judges[name] for name in ("train", "heldout", "oracle") if name in judges}
-
-
-def answered(loop, step, ask):
-    """ask(), in which a judge may turn out to be gone. The run then ends before the step, and nothing that it learned is lost."""
-    try:
-        return ask()
-    except JudgeError as e:
-        loop.save(step)
-        raise UserError(f"ppo, step {step}: {e}. {loop.path} of step {step} is intact: mend it, then the same command with --resume") from e
 
 
 def difference_of(cfg, policy, empty, ids, tokens, pictures, prompts, generator):
@@ -544,7 +540,7 @@ def main(argv=None):
         began = time.time()
         try:
             TRAIN[name](own, resume)
-        except JudgeError as e:                         # before the first step or after the last; between them see `answered`
+        except JudgeError as e:                         # before the first step or after the last; between them see `Loop.guarded`
             resumable = (out / f"{name}.state").exists()
             raise UserError(f"{name}: {e}. " + (f"{out / name}.state is intact: mend it, then the same command with --resume" if resumable
                                                 else "Nothing was trained yet: mend it, then the same command again")) from e

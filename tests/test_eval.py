@@ -211,7 +211,7 @@ def test_scores_are_read_whatever_their_order(tmp_path):
     (["--score", "--summarize", "x.json"], "choose one of"),
     (["--summarize", "x.json"], "--summarize needs --prompts"), (["--generate", "--run", "x"], "needs --prompts and --images"),
     (["--score", "--images", "x", "--prompts", "y", "--out", "z"], "--score needs --run"),
-    (["--run", "x", "--judge", "train"], "the PairWorld benchmark has no use for --judge"),
+    (["--run", "x", "--judge", "train"], "asks the run's own judges and the oracle anyway"),
     (["--summarize", "x.json", "--prompts", "y", "--seed", "0"], "no use for --seed"),
     (["--run", "x", "--n", "0"], "--n 0"), (["--run", "x", "--seed", "-1"], "--seed -1"),
     (["--run", "x", "--temperature", "0"], "--temperature 0.0: should be positive"),

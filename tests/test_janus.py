@@ -557,7 +557,7 @@ def test_the_whole_way(folders, pairs, server, tmp_path, monkeypatch, capsys):
     folder, run = str(folders["transformers"]), tmp_path / "run"
     common = ["--janus", folder, "--data", pairs, "--out", str(run), "--device", "cpu"]
     train.main(["--stage", "pretrain", *common, "--steps", "3", "--batch", "4", "--accumulate", "2", "--lr", "1e-3"])
-    train.main(["--stage", "ppo", *common, "--steps", "2", "--pairs", "2", "--samples", "2", "--accumulate", "2", "--rollout-pairs", "1",
+    train.main(["--stage", "ppo", *common, "--steps", "2", "--pairs", "2", "--samples", "3", "--accumulate", "2", "--rollout-pairs", "1",
                 "--lr", "1e-3", "--warmup", "1", "--mine", "2", "--difference", "0.5", "--truth-full-until", "1", "--truth-low-at", "1",
                 "--truth-zero-at", "1", "--judge", server])
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -157,7 +157,7 @@ def test_a_wrong_key_is_refused_at_once_and_no_key_is_ever_shown(monkeypatch, ca
     caplog.set_level("DEBUG")
     process, url = serve("right-key-7391")
     try:
-        for key, says in (("", "refuses the key .*set the environment variable JUDGE_API_KEY$"), ("wrong-key-1234", "KEY to the right one")):
+        for key, says in (("", "wants a key .*set the environment variable JUDGE_API_KEY,"), ("wrong-key-1234", "refuses the key")):
             monkeypatch.setenv("JUDGE_API_KEY", key)
             before = seen(url)["refused"]
             with pytest.raises(JudgeError, match=says):
@@ -178,6 +178,29 @@ def test_a_wrong_key_is_refused_at_once_and_no_key_is_ever_shown(monkeypatch, ca
         process.kill()
         process.wait()
     assert "key-" not in caplog.text + "".join(capfd.readouterr()) + repr(judge.name)
+
+
+def test_a_server_may_have_a_key_of_its_own(url, monkeypatch):
+    """One JUDGE_API_KEY once went to every judge, and the key of a paid server with it to whoever else was asked."""
+    process, other = serve("its-own-9920")
+    try:
+        monkeypatch.setenv("JUDGE_API_KEY", "everybodys-3310")
+        monkeypatch.setenv(f"JUDGE_API_KEY_127_0_0_1_{other.split(':')[2].removesuffix('/v1')}", "its-own-9920")
+        open_judges([url, other]).score(pictures(1), ["a key each"])
+        assert [seen_of(server, "a key each")[0]["key"] for server in (url, other)] == ["Bearer everybodys-3310", "Bearer its-own-9920"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_judge_that_keeps_silent_is_told_of(url, monkeypatch, capsys):
+    """Time-outs and their repetitions can take minutes in which the bar stands still."""
+    monkeypatch.setattr(judges, "PATIENCE", 0.3)
+    ServerJudge(url).score(pictures(2), ["wait 1 silent", "wait 0 at once"])
+    told = capsys.readouterr().err
+    assert f"judge {url}#tiny-vlm: no answer for 0.3 s, 1 to come" in told
+    ServerJudge(url).score(pictures(2), ["quick", "quick too"])
+    assert "no answer" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spec, says", [
@@ -223,7 +246,8 @@ def test_reading_an_answer():
 class Counting:
     """A judge that says the same of everything and keeps what it was asked."""
     def __init__(self, value):
-        self.value, self.name, self.asked = value, f"always {value}", []
+        self.value, self.asked = value, []
+        self.name = self.who = f"always {value}"
 
     def submit(self, images, prompts):
         self.asked += [(image.tobytes(), prompt) for image, prompt in zip(images, prompts)]
@@ -239,6 +263,28 @@ def test_a_panel_is_the_mean_and_asks_once():
     assert panel.score(images[:2].reshape(2, 16, 4, 3), ["a", "b"]).tolist() == [0.5] * 2
     assert len(two[0].asked) == 6                                                                       # the same bytes in another shape
     assert panel.score(images[:0], []).shape == (0,)
+
+
+def test_a_panel_remembers_in_a_file(tmp_path):
+    images, path = pictures(3), tmp_path / "scores.json.answers"
+    first, second = Counting(0.25), Counting(0.25)
+    panel = Panel([first])
+    panel.remember(path)
+    panel.score(images[:2], ["a", "b"])
+    with open(path, "a") as file:                       # killed while it wrote
+        file.write('["12ab", 0.')
+    again = Panel([second])
+    again.remember(path)
+    assert again.score(images, ["a", "b", "c"]).tolist() == [0.25] * 3
+    assert [prompt for _, prompt in second.asked] == ["c"] and len(path.read_text().splitlines()) == 4
+    again.score(images[[1]], ["a"])                     # another picture in the first's place
+    assert len(second.asked) == 2
+    with pytest.raises(UserError, match="holds the answers of always 0.25, not of always 0.5"):
+        Panel([Counting(0.5)]).remember(path)
+    for harm in ("nonsense\n", '[1]\n', '["always 0.25"]\n["xy", 1]\n', '["always 0.25"]\n[1, 2, 3]\n'):
+        path.write_text(harm)
+        with pytest.raises(UserError, match="remove it"):
+            Panel([Counting(0.25)]).remember(path)
 
 
 def test_two_servers_are_asked_at_once(url):
@@ -416,3 +462,51 @@ def test_score_asks_a_server_and_a_local_model(url, vlm, tmp_path, capsys, monke
     for wrong in (["nobody"], ["oracle", url], ["heldout", "train"]):
         with pytest.raises(SystemExit):
             ev.main([*common, *[word for judge in wrong for word in ("--judge", judge)]])
+
+
+def test_scoring_goes_on_where_the_judge_died(tmp_path, monkeypatch):
+    """Of 24 pictures 10 are scored when the server dies. The same command, with the server back elsewhere, asks for the others alone, and nothing is
+    left beside the scores."""
+    monkeypatch.setattr(ev, "SCORED_AT_ONCE", 10)
+    prompts, folder, out = tmp_path / "PairComp.json", tmp_path / "pictures", tmp_path / "scores.json"
+    folder.mkdir()
+    prompts.write_text(json.dumps([{"category": category, "caption1": f"a {i}", "caption2": f"b {i}"} for i, category in enumerate(ev.OFFICIAL_NAMES)]))
+    images = {(p, i, k): image for (p, i, k), image in zip(((p, i, k) for p in range(6) for i in range(2) for k in range(2)), pictures(24))}
+    for (p, i, k), image in images.items():
+        Image.fromarray(image).save(folder / f"{p}_{i}_{k}.png")
+    process, first = serve()
+    real, loaded = ev.load_image, []
+
+    def load(*args):
+        loaded.append(args)
+        if len(loaded) == 15:
+            process.kill()
+            process.wait()
+        return real(*args)
+    monkeypatch.setattr(ev, "load_image", load)
+    monkeypatch.setattr(ServerJudge.__init__, "__defaults__", (judges.QUESTION, 16, 60.0, 0))          # no repetitions to wait for
+    monkeypatch.setattr(ServerJudge, "only_model", lambda self: "tiny-vlm")
+    command = ["--score", "--images", str(folder), "--prompts", str(prompts), "--out", str(out)]
+    with pytest.raises(UserError, match="the judge is gone.*; 10 of 24 scores are kept in .*scores.json.answers, the same command goes on"):
+        ev.main([*command, "--judge", first])
+    assert not out.exists()
+    process, second = serve()
+    try:
+        with pytest.raises(UserError, match="holds the answers of tiny-vlm, not of tiny-vlm, tiny-vlm"):
+            ev.main([*command, "--judge", second, "--judge", second])
+        ev.main([*command, "--judge", second])
+        assert len(seen(second)["requests"]) == 14
+    finally:
+        process.kill()
+        process.wait()
+    np.testing.assert_allclose(ev.read_scores(out, 6), redness(images.values()).view(6, 4), atol=1e-6)
+    assert not (tmp_path / "scores.json.answers").exists()
+
+
+def test_the_pairworld_benchmark_by_a_judge_elsewhere(base, url, tmp_path, capsys):
+    """A run that was trained with --judge has no judges of its own; its table once could not be made again."""
+    with pytest.raises(UserError, match="has no judges of its own"):
+        ev.main(["--run", str(base), "--policy", "pretrain"])
+    ev.main(["--run", str(base), "--policy", "pretrain", "--judge", url, "--n", "1"])
+    report = json.loads((base / "paircomp_pretrain.json").read_text())
+    assert 0 < report["judge"]["average"]["s_a"] < 1 and "oracle" in report and "judge s_g" in capsys.readouterr().out
