@@ -4,13 +4,18 @@
     --judge http://localhost:8000/v1#NAME        one of several
     --judge transformers:DIR                     a folder for transformers' AutoModelForImageTextToText
 
+    python judges.py --judge http://localhost:8000/v1 --image a.png --image b.png --prompt "a red cup"       # what it says of every picture
+    python judges.py --judge http://localhost:8000/v1 --judge transformers:DIR --image a.png --prompt "a red cup"    # and how far two are apart
+
 They answer QUESTION with one token, and R = P(yes) / (P(yes) + P(no)), P(yes) the sum over yes, Yes, YES and P(no) over no, No, NO
-(official code: internvl_img.py, evaluate_images.py). The official code reads probabilities after the sampler's filters; here
-they are the model's own. A score that nobody gave is never made up: an answer that cannot be read ends in a JudgeError.
+(official code: internvl_img.py, evaluate_images.py). The official code reads probabilities after the sampler's filters; here they are the
+model's own. A word with a space before it counts too: of a sentencepiece model it is the first word of an answer, "▁Yes", and of others
+next to impossible there. A score that nobody gave is never made up: an answer that cannot be read ends in a JudgeError.
 
 A server's key is read from the environment: JUDGE_API_KEY_HOST_PORT for one server (JUDGE_API_KEY_LOCALHOST_8000, in capitals, with _ for
 what is no letter or digit), or JUDGE_API_KEY for all that have none of their own. It is sent to those servers and written nowhere.
 """
+import argparse
 import base64
 import hashlib
 import io
@@ -29,14 +34,17 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import UserError
+from data import UserError, load_image
+from model import pick_device
 from tokenizer import write_atomically
 
 # One constant for training and evaluation. It begins with a space since the official one is '<image>\n Does this ...' and a
 # server puts image and newline before it. The official code ends it in a full stop in training and not in evaluation.
 QUESTION = ' Does this image match the description "{prompt}", please directly respond with yes or no'
 YES, NO = ("yes", "Yes", "YES"), ("no", "No", "NO")
+SPACES = (" ", "▁", "Ġ")                # before a word: as servers write it, sentencepiece, byte-level BPE
 TOP_LOGPROBS = 20                       # the most that vLLM lists unless told otherwise (--max-logprobs)
+PASSING = (429, 500, 502, 503, 504)     # statuses that may pass
 PATIENCE = 30                           # seconds without an answer before a run says so
 CUT = -9999.0                           # vLLM's stand-in for a log-prob of minus infinity: a token that a filter took out
 
@@ -150,8 +158,8 @@ class ServerJudge:
         self.key, self.question, self.failed = os.environ.get(variable, ""), question, None
         if not self.key.isprintable() or not self.key.isascii():
             raise UserError(f"{variable}: holds characters that no HTTP header can carry; set it again, without a line break")
-        again = urllib3.Retry(retries, allowed_methods=None, status_forcelist=(429, 500, 502, 503, 504), backoff_factor=0.5, backoff_max=30,
-                              backoff_jitter=0.5, retry_after_max=120)
+        again = urllib3.Retry(retries, allowed_methods=None, status_forcelist=PASSING, backoff_factor=0.5, backoff_max=30, backoff_jitter=0.5,
+                              retry_after_max=120, raise_on_status=False)
         self.http = urllib3.PoolManager(maxsize=workers, block=True, retries=again,
                                         timeout=urllib3.Timeout(connect=min(10.0, timeout), read=timeout))
         self.errors = urllib3.exceptions.HTTPError
@@ -170,13 +178,15 @@ class ServerJudge:
         if response.status in (401, 403):
             raise JudgeError(f"{self.url}: the judge {'refuses the key' if self.key else 'wants a key'} (status {response.status}); set the environment "
                              f"variable JUDGE_API_KEY, or {self.own_variable} for this server alone")
+        said = response.data.decode(errors="replace")
+        if response.status in PASSING:                  # of some a server never thinks better: vLLM says 500 to a picture that is too large
+            raise JudgeError(f"{self.url}{path}: the judge is gone, or cannot do this: status {response.status}, and again after every wait: {self.safe(said)}")
         if response.status != 200:
-            raise JudgeError(f"{self.url}{path}: status {response.status}: {self.safe(response.data.decode(errors='replace'))}")
+            raise JudgeError(f"{self.url}{path}: status {response.status}: {self.safe(said)}")
         try:
-            return json.loads(response.data)
+            return json.loads(said)
         except ValueError as e:
-            raise JudgeError(f"{self.url}{path}: no JSON: {self.safe(response.data.decode(errors='replace'))!r} ({e}); is it an "
-                             "OpenAI-compatible server?") from e
+            raise JudgeError(f"{self.url}{path}: no JSON: {self.safe(said)!r} ({e}); is it an OpenAI-compatible server?") from e
 
     def safe(self, text, most=300):
         """What a server said, short, on one line, and without the key should it quote it."""
@@ -197,7 +207,7 @@ class ServerJudge:
         """image (H, W, 3) uint8, a string -> R."""
         if self.failed:                                 # another request found the judge gone: this one need not wait for it too
             raise self.failed
-        content = [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": self.question.format(prompt=prompt)}]
+        content = [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": asked(self.question, prompt)}]
         try:
             answer = self.request("POST", "/chat/completions", {
                 "model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": 1, "temperature": 0,
@@ -235,6 +245,11 @@ class ServerJudge:
         return self.submit(images, prompts)()
 
 
+def asked(question, prompt):
+    """A question about a prompt. Lone surrogates are legal in a Python string, but not in what is sent."""
+    return question.format(prompt=prompt.encode("utf-8", "replace").decode())
+
+
 def data_url(image):
     """image (H, W, 3) uint8 -> a PNG, which changes no pixel, as a data URL."""
     png = io.BytesIO()
@@ -266,14 +281,14 @@ def answer_probability(listed):
     If one of the two answers is not listed, all of its spellings are below the least probable one that is: that one's probability
     stands for it, an upper bound, which keeps R from 0 and 1. If neither is, there is nothing to compare: JudgeError."""
     listed = [(token, math.exp(min(logprob, 0.0))) for token, logprob in listed if logprob > CUT]
-    yes, no = (sum(p for token, p in listed if token in spellings) for spellings in (YES, NO))
+    yes, no = (sum(p for token, p in listed if token[token.startswith(SPACES):] in words) for words in (YES, NO))
     told = ", ".join(f"{token!r} {p:.3g}" for token, p in listed[:5])
     if not yes and not no:
         raise UnreadableAnswer(f"answers neither yes nor no, but {told}; this model does not answer such a question with its first token (one "
                                "that thinks first needs that switched off)")
     if len(listed) < 2:
-        raise JudgeError(f"lists {told} alone, and one token says nothing of the other answer; the server should list {TOP_LOGPROBS} "
-                         "(top_logprobs)")
+        raise JudgeError(f"lists {told} alone with a probability, which says nothing of the other answer; the server should list {TOP_LOGPROBS} "
+                         "(top_logprobs), before any filter")
     least = min(p for _, p in listed)
     yes, no = yes or least, no or least
     return yes / (yes + no)
@@ -303,8 +318,7 @@ class TransformersJudge:
         self.one_at_a_time = threading.Lock()
         self.processor.tokenizer.padding_side = "left"                  # the answer then starts at the same place in every row
         vocabulary = self.processor.tokenizer.get_vocab()
-        # "▁Yes" is sentencepiece's Yes at the beginning of an answer; the official code reads "Yes" alone, of a model that writes that
-        self.yes, self.no = ([vocabulary[mark + word] for word in words for mark in ("", "▁") if mark + word in vocabulary] for words in (YES, NO))
+        self.yes, self.no = ([vocabulary[mark + word] for word in words for mark in ("", *SPACES) if mark + word in vocabulary] for words in (YES, NO))
         if not self.yes or not self.no or not self.processor.chat_template:
             raise UserError(f"--judge {self.name}: its tokenizer has no token yes or no, or there is no chat template; it cannot answer in a word")
 
@@ -321,9 +335,12 @@ class TransformersJudge:
     def ask(self, images, prompts):
         """A batch of b images (H, W, 3) uint8, b strings -> R (b,) fp32 on the CPU."""
         talks = [[{"role": "user", "content": [{"type": "image", "image": Image.fromarray(image)},
-                                               {"type": "text", "text": self.question.format(prompt=prompt)}]}] for image, prompt in zip(images, prompts)]
-        inputs = self.processor.apply_chat_template(talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-                                                     processor_kwargs={"padding": True})
+                                               {"type": "text", "text": asked(self.question, prompt)}]}] for image, prompt in zip(images, prompts)]
+        try:
+            inputs = self.processor.apply_chat_template(talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                                                         processor_kwargs={"padding": True})
+        except ValueError as e:                         # a prompt that holds the model's own mark for a picture, for one
+            raise JudgeError(f"{self.name}: cannot be asked about one of {', '.join(repr(prompt[:60]) for prompt in prompts)} ({e})") from e
         # generate knows each model's own positions under padding; output_logits are those that no filter has touched
         answer = self.model.generate(**inputs.to(self.device, self.model.dtype), max_new_tokens=1, do_sample=False, output_logits=True,
                                      return_dict_in_generate=True)
@@ -332,3 +349,32 @@ class TransformersJudge:
 
     def score(self, images, prompts):
         return self.submit(images, prompts)()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="judges.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--judge", action="append", required=True, help="http://HOST:PORT/v1, with #MODEL for one of several, or transformers:DIR")
+    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="a picture; may be given often")
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="asked of every picture; may be given often")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where a local judge computes (auto)")
+    args = parser.parse_args(argv)
+    for spec in args.judge:
+        check_spec(spec)
+    asked_of = [(file, prompt) for file in args.image for prompt in args.prompt]
+    images, prompts = [load_image(file, None) for file, _ in asked_of], [prompt for _, prompt in asked_of]
+    judges = [open_judges([spec], pick_device(args.device)) for spec in args.judge]
+    scores = torch.stack([judge.score(images, prompts) for judge in judges])                            # (judges, B)
+    print(*(f"R {n}: {judge.names[0]}" for n, judge in enumerate(judges, 1)), sep="\n")
+    for (file, prompt), row in zip(asked_of, scores.T.tolist()):
+        print("".join(f"{r:10.6f}" for r in row), f" {file}  {prompt}")
+    if len(judges) > 1:
+        print(f"largest difference {(scores.max(0).values - scores.min(0).values).max():.2g}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -1,4 +1,5 @@
-"""A judge's server for the tests, a process of its own: vLLM's /v1/models and /v1/chat/completions, and every fault that a test orders.
+"""A judge's server for the tests, a process of its own: /v1/models and /v1/chat/completions as vLLM 0.32 answers them, and every fault that a
+test orders. (The real one was run beside it, see README, "Judges"; vllm_completion.json is an answer of it.)
 
     python tests/judge_server.py [KEY]          # prints its port; with a key it wants it
 
@@ -35,21 +36,23 @@ def completion(listed):
     """A chat completion as vLLM's protocol.py has it; listed: [(token, log-prob)], most probable first, or None without log-probs."""
     content = None if listed is None else {"content": [token(*listed[0]) | {"top_logprobs": [token(*entry) for entry in listed]}]}
     return {"id": "chatcmpl-1", "object": "chat.completion", "created": int(time.time()), "model": MODEL,
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": listed[0][0] if listed else "Yes", "tool_calls": []},
-                         "logprobs": content, "finish_reason": "length", "stop_reason": None}],
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": listed[0][0] if listed else "Yes", "refusal": None, "reasoning": None},
+                         "logprobs": content, "finish_reason": "length", "stop_reason": None, "token_ids": None}],
             "usage": {"prompt_tokens": 300, "total_tokens": 301, "completion_tokens": 1}, "prompt_logprobs": None}
 
 
 def answer(yes):
-    """P(yes) over four of the six spellings and some others, 20 tokens in all, as at top_logprobs=20."""
-    spread = [("Yes", 0.7 * yes), ("yes", 0.25 * yes), ("No", 0.6 * (1 - yes)), ("no", 0.35 * (1 - yes))]
-    spread += [(f"word{i}", 0.05 / 16 * 0.9 ** i) for i in range(16)]
+    """P(yes) over four of the six spellings, one of them as a sentencepiece model's, and some others, which may be spelled alike: 20 tokens in
+    all, as at top_logprobs=20."""
+    spread = [(" Yes", 0.7 * yes), ("yes", 0.25 * yes), ("No", 0.6 * (1 - yes)), ("no", 0.35 * (1 - yes))]
+    spread += [(f"word{i}" if i % 4 else "", 0.05 / 16 * 0.9 ** i) for i in range(16)]
     return completion([(word, math.log(p)) for word, p in sorted(spread, key=lambda pair: -pair[1])])
 
 
 FAULTS = {  # name: (status, headers, body)
     "429": (429, {"Retry-After": "1"}, {"error": {"message": "slow down", "type": "rate_limit", "code": 429}}),
     "500": (500, {}, {"error": {"message": "a worker died", "type": "InternalServerError", "code": 500}}),
+    "large": (500, {}, {"error": {"message": "Image size (196000000 pixels) exceeds limit", "type": "InternalServerError", "param": None, "code": 500}}),
     "503": (503, {}, {"error": {"message": "loading", "type": "ServiceUnavailable", "code": 503}}),
     "redirect": (307, {"Location": "http://127.0.0.1:9/v1/chat/completions"}, {}),
     "broken": (200, {}, '{"id": "chatcmpl-1", "choices": [{"ind'),
@@ -119,13 +122,16 @@ class Handler(BaseHTTPRequestHandler):
             kind, data = picture["image_url"]["url"].split(",")
             image = np.array(Image.open(io.BytesIO(base64.b64decode(data))))
             text = question["text"]
-            fine = (body["model"] == MODEL and body["max_tokens"] == 1 and body["temperature"] == 0 and body["logprobs"] is True
+            fine = (body["max_tokens"] == 1 and body["temperature"] == 0 and body["logprobs"] is True
                     and 1 <= body["top_logprobs"] <= 20 and message["role"] == "user" and kind == "data:image/png;base64"
                     and text.startswith(OPENING) and text.rstrip(".").endswith(CLOSING))
         except (KeyError, ValueError, TypeError) as e:
-            return self.reply(400, {}, {"error": {"message": f"bad request: {e!r}", "type": "BadRequestError", "code": 400}})
+            return self.reply(400, {}, {"error": {"message": f"bad request: {e!r}", "type": "BadRequestError", "param": None, "code": 400}})
         if not fine:
-            return self.reply(400, {}, {"error": {"message": f"bad request: {json.dumps(body)[-300:]}", "type": "BadRequestError", "code": 400}})
+            return self.reply(400, {}, {"error": {"message": f"bad request: {json.dumps(body)[-300:]}", "type": "BadRequestError", "param": None, "code": 400}})
+        if body["model"] != MODEL:
+            message = f"The model `{body['model']}` does not exist. Valid aliases: {MODEL}."
+            return self.reply(404, {}, {"error": {"message": message, "type": "NotFoundError", "param": "model", "code": 404}})
         prompt = text[len(OPENING):text.rindex(CLOSING)]
         with LOCK:
             SEEN.append({"prompt": prompt, "at": time.time(), "key": self.headers.get("Authorization"), "size": image.shape, "text": text})

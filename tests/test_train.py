@@ -232,6 +232,33 @@ def test_own_pairs_go_through_every_stage(tmp_path):
     assert (tmp_path / "run" / "ppo.safetensors").exists()
 
 
+def test_a_broken_picture_loses_nothing(smoke, tmp_path, monkeypatch):
+    """Pictures are opened when a batch has them, so that a broken one is found in the middle of a run: it ends with its state saved, and with the
+    picture mended ends with the bits of one that was never stopped."""
+    write_pairs(pairworld(20, "train", 3), tmp_path / "data")
+    picture = tmp_path / "data" / "images" / "00007_1.png"
+    args = ["--stage", "pretrain", "--preset", "smoke", "--data", str(tmp_path / "data" / "pairs.json"), "--steps", "4", "--batch", "4", "--device", "cpu"]
+    whole, stopped = copy_of(smoke, tmp_path / "whole", "tokenizer"), copy_of(smoke, tmp_path / "stopped", "tokenizer")
+    train.main([*args, "--out", str(whole)])
+    real, opened = train.PairSet.load_rows, []
+
+    def load(self, rows):
+        opened.append(rows)
+        if len(opened) == 3:
+            good = picture.read_bytes()
+            picture.write_bytes(good[:40])
+            try:
+                return real(self, np.array([14]))
+            finally:
+                picture.write_bytes(good)
+        return real(self, rows)
+    monkeypatch.setattr(train.PairSet, "load_rows", load)
+    with pytest.raises(UserError, match="pretrain, step 2: .*00007_1.png: cannot be read as an image.*pretrain.state of step 2 is intact"):
+        train.main([*args, "--out", str(stopped)])
+    train.main([*args, "--out", str(stopped), "--resume"])
+    assert (whole / "pretrain.safetensors").read_bytes() == (stopped / "pretrain.safetensors").read_bytes()
+
+
 def test_sample_draws_a_prompt_and_a_pair(smoke, tmp_path):
     for n, prompts in ((1, ["three red circles"]), (2, ["three red circles", "two red circles"])):
         picture = tmp_path / f"{n}.png"
@@ -258,6 +285,7 @@ def test_help_lists_every_flag_of_a_stage(stage, capsys):
     (["--stage", "ppo", "--lr", "fast"], "invalid float value: 'fast'"),
     (["--stage", "pp0"], "invalid choice: 'pp0'"),
     (["--lr", "1"], "say which stage"),
+    (["--stage", "ppo", "--samples", "2", "--truth-full-until", "1", "--truth-low-at", "1", "--truth-zero-at", "1"], "should be at least 3, since ground truth"),
     (["--stage", "ppo", "--advantage", "critic"], "should be one of pair, group"),
     (["--stage", "ppo", "--reward", "sum"], "should be one of own, .*product, margin, shared"),
     (["--stage", "ppo", "--difference-on", "reward"], "should be one of all, choice"),
