@@ -17,6 +17,7 @@ sees each of the four pictures carry its own prompt's side of the difference. Sc
 Shapes: P pairs, 2 prompts, K pictures a prompt, R prompts, H W picture.
 """
 import argparse
+import hashlib
 import io
 import json
 import re
@@ -35,10 +36,10 @@ from data import ATTRIBUTES, CATEGORIES, IMAGE_SIZE, UserError, different_attrib
 from janus import load_janus, load_text
 from judges import JudgeError, is_elsewhere, open_judges
 from leaderboard import format_leaderboard
-from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, stored_autocast
+from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, stored_autocast, usual_guidance
 from plots import draw_comparison
 from reward import JudgeConfig, NetworkJudge, OracleJudge, Judge
-from tokenizer import VQConfig, VQModel, decode_ids, load_module, load_strictly, load_weights, save_weights, write_atomically
+from tokenizer import VQConfig, VQModel, decode_ids, load_module, load_strictly, load_weights, save_weights, tensor_bytes, write_atomically
 
 OFFICIAL_NAMES = {"Overall appearance difference": "overall", "Color difference": "color", "Counting difference": "counting",
                   "Position difference": "position", "Style & Tone difference": "style", "Text difference": "text"}
@@ -229,6 +230,34 @@ def chosen_policy(args):
     return load_janus(args.janus, device) if args.janus else load_policy(args.run, args.policy, device)
 
 
+def guidance_of(args, model):
+    """--guidance, else what the run's policy was trained with, else what a policy of its kind is usually sampled with."""
+    if args.guidance is not None:
+        return args.guidance
+    path = Path(args.run or "") / "config.json"
+    trained = read_json(path, "config of the run").get("ppo", {}) if args.run and args.policy == "ppo" and path.is_file() else {}
+    return trained.get("guidance", usual_guidance(model))
+
+
+def same_settings(folder, args, model, prompts):
+    """UserError if a folder's pictures were made by another policy, for other prompts or with other settings: what is there is skipped, and
+    a folder of two models' pictures would look like a result. FOLDER.settings.json, beside it, tells."""
+    folder, moved = Path(folder), (model.norm.weight, model.gen_head[-1].bias)                          # by every training
+    digest = lambda parts: hashlib.sha256(b"".join(parts)).hexdigest()
+    settings = {"weights": digest(map(tensor_bytes, moved)), "prompts": digest([json.dumps(prompts).encode()]), "guidance": args.guidance,
+                "temperature": args.temperature, "seed": args.seed}
+    path = folder.with_name(folder.name + ".settings.json")
+    if path.is_file():
+        known = read_json(path, "settings of the pictures")
+        changed = [name if name in ("weights", "prompts") else f"{name} {known.get(name)} -> {value}" for name, value in settings.items() if known.get(name) != value]
+        if changed:
+            raise UserError(f"{folder}: its pictures were made with other {'; '.join(changed)}; choose another folder, or remove it and {path.name}")
+    elif any(folder.rglob("*.png")):
+        raise UserError(f"{folder}: holds pictures that were not made here; choose another folder")
+    make_folder(folder)
+    write_json(path, settings)
+
+
 def save_judges(path, networks):
     """{"train": network, "heldout": network} -> one file."""
     save_weights(path, {f"{name}.{k}": v for name, network in networks.items() for k, v in network.state_dict().items()},
@@ -350,7 +379,7 @@ def run_benchmark(args):
         judges = {"judge": open_judges(args.judge, device), "oracle": OracleJudge()}
     prompts = pairs.texts()
     with tqdm(total=len(prompts), desc="generate", unit="prompt") as bar:
-        images = generate_images(model, vq, prompts, PICTURES, args.guidance, args.temperature, args.seed, args.batch, bar.update)
+        images = generate_images(model, vq, prompts, PICTURES, guidance_of(args, model), args.temperature, args.seed, args.batch, bar.update)
     report = paircomp(rearrange(images, "(p i) k h w c -> p i k h w c", i=2), pairs, judges, pairworld=True)
     path = Path(args.run) / f"paircomp_{args.policy}.json"
     write_json(path, report)
@@ -362,6 +391,8 @@ def run_generate(args):
     two, _ = read_benchmark(args.prompts)
     vq, model = chosen_policy(args)
     prompts = [text for texts in two for text in texts]
+    args.guidance = guidance_of(args, model)
+    same_settings(args.images, args, model, prompts)
     files = [[image_path(args.images, i // 2, i % 2, k) for k in range(PICTURES)] for i in range(len(prompts))]
     made = generate_files(model, vq, prompts, files, PICTURES, args.guidance, args.temperature, args.seed, args.batch)
     print(f"{made} pictures made, {PICTURES * len(prompts) - made} were there, in {args.images}")
@@ -450,7 +481,7 @@ def run_compare(args):
         print(f"picture: {args.out}")
 
 
-POLICY = {"policy": "ppo", "seed": 0, "device": "auto", "guidance": 1.0, "temperature": 1.0, "batch": 64}
+POLICY = {"policy": "ppo", "seed": 0, "device": "auto", "guidance": None, "temperature": 1.0, "batch": 64}
 MODES = {  # mode: what it does, the flags it needs, the flags it may have and their defaults
     "benchmark": (run_benchmark, ["run"], {"n": 20, "judge": [OWN_JUDGE], **POLICY}),
     "generate": (run_generate, ["prompts", "images"], {"run": None, "janus": None, **POLICY}),
@@ -478,7 +509,7 @@ def main(argv=None):
     parser.add_argument("--judge", action="append", help="who scores: heldout (the run's, default), train, oracle, http://HOST:PORT/v1 (an "
                         "OpenAI-compatible server, with #MODEL for one of several) or transformers:DIR; these two may be given twice: the mean")
     parser.add_argument("--n", type=int, help="pairs a category of the PairWorld benchmark (20)")
-    parser.add_argument("--guidance", type=float, help="w of classifier-free guidance, as in training (1)")
+    parser.add_argument("--guidance", type=float, help="w of classifier-free guidance (as the policy was trained with; 5 for a Janus checkpoint)")
     parser.add_argument("--temperature", type=float, help="tau, as in training (1)")
     parser.add_argument("--seed", type=int, help="the pictures follow from it and from --batch (0)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], help="where to compute (auto)")

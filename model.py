@@ -178,6 +178,11 @@ def empty_ids(model):
     return None if empty is None else torch.tensor(empty, device=model.embed_tokens.weight.device)
 
 
+def usual_guidance(model):
+    """w that a policy is sampled with unless told otherwise: Janus' 5 (official code), and 1 for PairWorld's, so young that 2 makes it worse."""
+    return 5.0 if model.text.empty is None else 1.0
+
+
 def full_mask(prompts, pad, length):
     """The mask of a forward over left-padded prompts and the image tokens after them. prompts (B, T) -> None where no prompt is
     padded, so that causality alone does and flash attention can run; else bool (B, 1, length, length)."""

@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 
 from data import UserError, picture_grid
-from eval_paircomp import chosen_policy, generate_files, load_policy, make_folder, some
+from eval_paircomp import chosen_policy, generate_files, guidance_of, load_policy, make_folder, same_settings, some
 from layouts import EVALUATE, LAYOUTS, PICTURES, as_grid, read_tasks
 from model import empty_ids, generate, pick_device, prompt_divergence, stored_autocast
 from tokenizer import decode_ids, write_atomically
@@ -45,6 +45,8 @@ def write_layout(args):
     if strangers:           # the evaluators read whatever lies there: pictures of other prompts or another --n would count
         raise UserError(f"{out}: holds pictures that are not of these prompts and this --n: {some(strangers)}; give another --out")
     vq, model = chosen_policy(args)
+    args.guidance = guidance_of(args, model)
+    same_settings(out, args, model, [task.prompt for task in tasks])
     for task in tasks:
         for file, text in task.texts.items():
             make_folder((out / file).parent)
@@ -59,7 +61,7 @@ def write_layout(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run", metavar="DIR", help="run folder of train.py")
-    parser.add_argument("--janus", metavar="DIR", help="a Janus checkpoint instead of a run; wants --guidance 5")
+    parser.add_argument("--janus", metavar="DIR", help="a Janus checkpoint instead of a run")
     parser.add_argument("--policy", choices=["ppo", "pretrain"], default="ppo", help="whose pictures (ppo)")
     parser.add_argument("--prompt", action="append", help="give it twice for a pair")
     parser.add_argument("--prompts", metavar="FILE", help="a benchmark's prompts, with --layout")
@@ -67,7 +69,7 @@ def main(argv=None):
     parser.add_argument("--n", type=int, help=f"pictures a prompt (8; with --layout {', '.join(f'{k} {n}' for k, n in PICTURES.items())})")
     parser.add_argument("--out", help="PNG to write (picture.png); with --layout the folder")
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time with --layout; fewer need less memory (64)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="w of classifier-free guidance (1)")
+    parser.add_argument("--guidance", type=float, help="w of classifier-free guidance (as the policy was trained with; 5 for a Janus checkpoint)")
     parser.add_argument("--temperature", type=float, default=1.0, help="tau (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -86,6 +88,7 @@ def main(argv=None):
 
     device = pick_device(args.device)
     vq, model = chosen_policy(args)
+    args.guidance = guidance_of(args, model)
     prompts, empty = torch.from_numpy(model.text.prompts(args.prompt, model.cfg.n_text)).to(device), empty_ids(model)
     generator = torch.Generator(device).manual_seed(args.seed)
     with stored_autocast(model):

@@ -37,7 +37,7 @@ from eval_paircomp import (benchmark_pairs, category_means, divergence_auc, form
 from janus import import_janus, load_janus
 from judges import JudgeError, open_judges, submit
 from loop import Loop, adamw, append_log, autocast, bf16, muon_and_adamw, read_log, step_random
-from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, prompt_divergence, score
+from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, prompt_divergence, score, usual_guidance
 from plots import draw_curves
 from ppo import ORIGINS, SAMPLED, choice_reward, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, pair_reward, ppo_loss, spread_difference
 from reward import Judge, JudgeConfig, NetworkJudge, OracleJudge, judge_loss, judge_report
@@ -174,7 +174,7 @@ def train_pretrain(cfg, resume):
         loop.log(step, ("loss",), loss=loss, entropy=entropy, grad_norm=norm)
     test = benchmark_pairs(4) if not cfg.data else pairs
     prompts = test.texts()[:32]
-    images = generate_images(model.eval(), vq, prompts, 1, 5.0 if cfg.janus else 1.0, 1.0, cfg.seed)[:, 0]
+    images = generate_images(model.eval(), vq, prompts, 1, usual_guidance(model), 1.0, cfg.seed)[:, 0]
     save_picture(cfg, "pretrain.png", images, prompts, scale=5)
     save_weights(Path(cfg.out) / "pretrain.safetensors", stored_as(model.state_dict(), dtypes), config=asdict(model.cfg))
     loop.finish()

@@ -1,4 +1,5 @@
 """eval_paircomp.py: the official arithmetic, what is refused, and generate -> score -> summarize on a tiny random model."""
+import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -282,6 +283,37 @@ def test_generate_score_summarize(run, prompts, tmp_path, capsys):
     ev.main(["--summarize", str(scores), "--prompts", prompts, "--out", str(out)])
     expected = ev.summarize([[e["score"] for e in rows] for rows in entries.values()], list(CATEGORIES)[:3])
     assert json.loads(out.read_text()) == expected
+
+
+def test_pictures_of_two_policies_do_not_come_into_one_folder(run, prompts, tmp_path):
+    """What is there is skipped. With another policy, guidance or prompts the folder once became a mixture, with a score like any other."""
+    generate = ["--generate", "--run", str(run), "--prompts", prompts, "--images", str(tmp_path / "images"), "--device", "cpu"]
+    ev.main(generate)
+    ev.main([*generate, "--batch", "3"])                                # fewer at once is no other setting: a smaller card may go on
+    others = write(tmp_path / "others.json", [{"category": OFFICIAL[0], "caption1": "a", "caption2": "b"}])
+    for change, says in ((["--policy", "pretrain"], "other weights; choose"), (["--guidance", "2", "--seed", "1"], "guidance 1.0 -> 2.0; seed 0 -> 1"),
+                         (["--prompts", others], "other prompts; choose another folder, or remove it and images.settings.json")):
+        with pytest.raises(UserError, match=says):
+            ev.main([*generate, *change])
+    (tmp_path / "theirs").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "theirs" / "0_0_0.png")
+    with pytest.raises(UserError, match="holds pictures that were not made here"):
+        ev.main([*generate, "--images", str(tmp_path / "theirs")])
+
+
+def test_guidance_follows_the_training(run, tmp_path):
+    """A Janus policy sampled without guidance draws badly, and --guidance 5 had to be typed each time."""
+    args = argparse.Namespace(run=str(tmp_path), policy="ppo", guidance=None)
+    model = ev.load_policy(run, "ppo", "cpu")[1]
+    assert ev.guidance_of(args, model) == 1.0
+    model.text = argparse.Namespace(empty=None)                         # as Janus' text has it
+    assert ev.guidance_of(args, model) == 5.0
+    write(tmp_path / "config.json", {"ppo": {"guidance": 3.0}})
+    assert ev.guidance_of(args, model) == 3.0
+    args.policy = "pretrain"
+    assert ev.guidance_of(args, model) == 5.0
+    args.guidance = 2.0
+    assert ev.guidance_of(args, model) == 2.0
 
 
 def test_score_wants_every_picture(run, prompts, tmp_path):
