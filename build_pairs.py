@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import UserError, load_image, read_json
+from data import UserError, load_image, read_json, some
 from judges import JudgeError, ServerJudge, UnreadableAnswer, data_url, open_judges
 from tokenizer import write_atomically
 
@@ -132,7 +132,7 @@ def read_edits(path):
         bad += [f"edit {i}: {file} does not exist" for file in files if not file.is_file()]
         edits.setdefault(key_of(entry), {key: entry[key] for key in FIELDS} | {"files": files, "category": str(entry.get("category") or "")})
     if bad:
-        raise UserError(f"{path}: {'; '.join(bad[:5])}" + (f"; and {len(bad) - 5} more" if len(bad) > 5 else ""))
+        raise UserError(f"{path}: {some(bad)}")
     return edits
 
 

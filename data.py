@@ -30,6 +30,12 @@ class UserError(Exception):
     """Something the user can repair. The message is one line: what, where, what to do. Scripts print it and exit with 1."""
 
 
+def some(problems, most=5):
+    """A list for an error message: the first few and how many there are."""
+    rest = f"; and {len(problems) - most} more ({len(problems)} in all)" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + rest
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # PairWorld: what a scene is, how it is told and how it is drawn
 

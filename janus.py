@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data import TextTokens, UserError, left_padded, read_json
+from data import TextTokens, UserError, left_padded, read_json, some
 from model import ImageModel, ModelConfig, pick_device
 from tokenizer import VQConfig, VQModel, load_weights, save_weights, tensor_bytes, write_atomically
 
@@ -294,7 +294,7 @@ def parts_of(module, their_names, found):
 
 def complain(path, bad):
     if bad:
-        raise UserError(f"{path}: does not fit: {'; '.join(bad[:8])}" + (f"; and {len(bad) - 8} more ({len(bad)} in all)" if len(bad) > 8 else ""))
+        raise UserError(f"{path}: does not fit: {some(bad, 8)}")
 
 
 def fill(module, parts, found, device, dtype=None):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import UserError
+from data import UserError, some
 
 
 class Task(NamedTuple):
@@ -32,10 +32,6 @@ def _lines(path):
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read as a text file ({e})") from e
-
-
-def _some(problems, most=5):
-    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
 
 
 def geneval(path, n):
@@ -57,7 +53,7 @@ def t2icompbench(path, n):
     prompts = [prompt for prompt in (line.split("\t")[0] for line in _lines(path)) if prompt.strip()]
     bad = [f"{prompt[:60]!r}" for prompt in prompts if set(prompt) & set("_/\0") or len(prompt.encode()) > 230]
     if bad:         # the evaluators take what stands before the first underscore of the file name for the prompt
-        raise UserError(f"{path}: cannot be T2I-CompBench file names, because they hold _ or / or are longer than 230 bytes: {_some(bad)}")
+        raise UserError(f"{path}: cannot be T2I-CompBench file names, because they hold _ or / or are longer than 230 bytes: {some(bad)}")
     return [Task(prompt, [f"samples/{prompt}_{i * n + k:06d}.png" for k in range(n)], {}) for i, prompt in enumerate(prompts)]
 
 
@@ -77,7 +73,7 @@ def dpg(path, n):
         prompts = list({row["item_id"]: row["text"].strip() for row in rows}.items())                   # a row a question, many for a prompt
     bad = [f"{name!r}" for name, prompt in prompts if not prompt or set(name) & set("./\0")]
     if bad:         # the evaluator takes what stands before the first point of the file name for the prompt's name
-        raise UserError(f"{path}: prompts that are empty or whose name holds . or /: {_some(bad)}")
+        raise UserError(f"{path}: prompts that are empty or whose name holds . or /: {some(bad)}")
     return [Task(prompt, [f"{name}.png"], {}) for name, prompt in prompts]
 
 

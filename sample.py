@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from data import UserError, picture_grid
-from eval_paircomp import chosen_policy, generate_files, guidance_of, load_policy, make_folder, same_settings, some
+from data import UserError, picture_grid, some
 from layouts import EVALUATE, LAYOUTS, PICTURES, as_grid, read_tasks
 from model import empty_ids, generate, pick_device, prompt_divergence, stored_autocast
+from runs import chosen_policy, generate_files, guidance_of, load_policy, make_folder, same_settings
 from tokenizer import decode_ids, write_atomically
 
 

@@ -32,15 +32,16 @@ from tqdm import tqdm
 from config import MINUTES, NEEDS, PRESETS, STAGES, Common, parse
 from data import (ATTRIBUTES, CATEGORIES, PairSet, TextTokens, UserError, difference_mask, pairworld, picture_grid, read_pairs, read_prompts,
                   read_scene, shown_in)
-from eval_paircomp import (benchmark_pairs, category_means, divergence_auc, format_before_after, generate_images, load_judges, load_policy,
-                           paircomp, save_judges)
+from eval_paircomp import benchmark, benchmark_pairs, category_means, divergence_auc, format_before_after
 from janus import import_janus, load_janus
 from judges import JudgeError, open_judges, submit
 from loop import Loop, adamw, append_log, autocast, bf16, muon_and_adamw, read_log, step_random
 from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, prompt_divergence, score, usual_guidance
 from plots import draw_curves
-from ppo import ORIGINS, SAMPLED, choice_reward, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, pair_reward, ppo_loss, spread_difference
+from ppo import (ORIGINS, SAMPLED, choice_reward, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, pair_reward,
+                 ppo_loss, spread_difference)
 from reward import Judge, JudgeConfig, NetworkJudge, OracleJudge, judge_loss, judge_report
+from runs import generate_images, load_judges, load_policy, save_judges
 from tokenizer import (VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels, kmeans_codes, load_module, save_weights,
                        update_codebook, vq_loss, write_atomically)
 
@@ -420,14 +421,6 @@ def gradient_norms(policy, loss_of, origin):
             gradients = torch.autograd.grad(loss_of(rows) * len(rows) / len(origin), list(policy.parameters()))
             norms[name] = torch.stack([g.norm() for g in gradients]).norm().item()
     return norms
-
-
-def benchmark(model, vq, judges, test, cfg):
-    """The PairWorld benchmark of a policy -> (report, images (P, 2, 2, H, W, 3))."""
-    model.eval()
-    images = generate_images(model, vq, test.texts(), 2, cfg.guidance, cfg.temperature, cfg.seed)
-    images = rearrange(images, "(p i) k h w c -> p i k h w c", i=2)
-    return paircomp(images, test, judges, pairworld=True), images
 
 
 def finish_benchmark(cfg, policy, reference, vq, judges, test, before):

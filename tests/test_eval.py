@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import eval_paircomp as ev
+import runs
 from data import CATEGORIES, UserError, pairworld
 from model import ImageModel, ModelConfig
 from reward import Judge, JudgeConfig, OracleJudge
@@ -238,7 +239,7 @@ def run(tmp_path_factory):
     for policy in ("pretrain", "ppo"):
         model = ImageModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_ffn=32, image_vocab=32, code_dim=4))
         save_weights(folder / f"{policy}.safetensors", model.state_dict(), config=asdict(model.cfg))
-    ev.save_judges(folder / "reward.safetensors", {"train": Judge(JudgeConfig(width=16, n_layer=1, n_head=2)),
+    runs.save_judges(folder / "reward.safetensors", {"train": Judge(JudgeConfig(width=16, n_layer=1, n_head=2)),
                                                    "heldout": Judge(JudgeConfig(kind="convolve", width=16, n_head=2))})
     return folder
 
@@ -276,7 +277,7 @@ def test_generate_score_summarize(run, prompts, tmp_path, capsys):
     captions = json.loads(Path(prompts).read_text())
     places = [(p, i, k) for p in range(3) for i in range(2) for k in range(2)]
     pictures = np.stack([np.array(Image.open(images / f"{p}_{i}_{k}.png")) for p, i, k in places])
-    answers = ev.load_judges(run, "cpu")["heldout"].score(pictures, [captions[p][f"caption{i + 1}"] for p, i, _ in places])
+    answers = runs.load_judges(run, "cpu")["heldout"].score(pictures, [captions[p][f"caption{i + 1}"] for p, i, _ in places])
     ours = [entries[str(p)][2 * i + k]["score"] for p, i, k in places]
     assert ours == pytest.approx(answers.tolist(), abs=1e-6) and len(set(ours)) == 12
 
@@ -304,16 +305,16 @@ def test_pictures_of_two_policies_do_not_come_into_one_folder(run, prompts, tmp_
 def test_guidance_follows_the_training(run, tmp_path):
     """A Janus policy sampled without guidance draws badly, and --guidance 5 had to be typed each time."""
     args = argparse.Namespace(run=str(tmp_path), policy="ppo", guidance=None)
-    model = ev.load_policy(run, "ppo", "cpu")[1]
-    assert ev.guidance_of(args, model) == 1.0
+    model = runs.load_policy(run, "ppo", "cpu")[1]
+    assert runs.guidance_of(args, model) == 1.0
     model.text = argparse.Namespace(empty=None)                         # as Janus' text has it
-    assert ev.guidance_of(args, model) == 5.0
+    assert runs.guidance_of(args, model) == 5.0
     write(tmp_path / "config.json", {"ppo": {"guidance": 3.0}})
-    assert ev.guidance_of(args, model) == 3.0
+    assert runs.guidance_of(args, model) == 3.0
     args.policy = "pretrain"
-    assert ev.guidance_of(args, model) == 5.0
+    assert runs.guidance_of(args, model) == 5.0
     args.guidance = 2.0
-    assert ev.guidance_of(args, model) == 2.0
+    assert runs.guidance_of(args, model) == 2.0
 
 
 def test_score_wants_every_picture(run, prompts, tmp_path):
@@ -351,17 +352,17 @@ def test_a_prompt_that_is_too_long_stops_before_the_first_picture(run, tmp_path)
 
 
 def test_a_chunk_depends_on_the_seed_and_its_place_alone(run):
-    vq, model = ev.load_policy(run, "ppo", "cpu")
+    vq, model = runs.load_policy(run, "ppo", "cpu")
     prompts = ["one red circle", "two red circles on a plain background", "three blue squares", "ä"]
     done = []
-    images = ev.generate_images(model, vq, prompts, 3, 2.0, 0.9, seed=7, batch=6, progress=done.append)
+    images = runs.generate_images(model, vq, prompts, 3, 2.0, 0.9, seed=7, batch=6, progress=done.append)
     assert images.shape == (4, 3, 32, 32, 3) and images.dtype == np.uint8 and done == [2, 2]
     torch.manual_seed(123)                                              # the global generator has no say
-    first = ev.generate_images(model, vq, prompts[:2], 3, 2.0, 0.9, seed=7, batch=6)
+    first = runs.generate_images(model, vq, prompts[:2], 3, 2.0, 0.9, seed=7, batch=6)
     assert np.array_equal(first, images[:2])
-    (indices, last), = ev.image_chunks(model, vq, prompts, 3, 2.0, 0.9, 7, batch=6, wanted=lambda i: 3 in i)
+    (indices, last), = runs.image_chunks(model, vq, prompts, 3, 2.0, 0.9, 7, batch=6, wanted=lambda i: 3 in i)
     assert list(indices) == [2, 3] and np.array_equal(last, images[2:])
-    assert not np.array_equal(ev.generate_images(model, vq, prompts[:2], 3, 2.0, 0.9, seed=8, batch=6), first)
+    assert not np.array_equal(runs.generate_images(model, vq, prompts[:2], 3, 2.0, 0.9, seed=8, batch=6), first)
     assert not np.array_equal(images[0, 0], images[0, 1])
 
 
@@ -379,8 +380,8 @@ def test_judges_come_back_as_they_were_saved(tmp_path):
     torch.manual_seed(1)
     networks = {"train": Judge(JudgeConfig(width=16, n_layer=1, n_head=2)),
                 "heldout": Judge(JudgeConfig(kind="convolve", width=16))}
-    ev.save_judges(tmp_path / "reward.safetensors", networks)
-    judges = ev.load_judges(tmp_path, "cpu")
+    runs.save_judges(tmp_path / "reward.safetensors", networks)
+    judges = runs.load_judges(tmp_path, "cpu")
     assert list(judges) == ["train", "heldout", "oracle"]
     for name, network in networks.items():
         loaded = judges[name].network
@@ -389,20 +390,20 @@ def test_judges_come_back_as_they_were_saved(tmp_path):
     stray = {f"{n}.{k}": v for n, net in networks.items() for k, v in net.state_dict().items()} | {"third.x": torch.zeros(1)}
     save_weights(tmp_path / "reward.safetensors", stray, **{n: asdict(net.cfg) for n, net in networks.items()})
     with pytest.raises(UserError, match="unexpected third.x"):
-        ev.load_judges(tmp_path, "cpu")
+        runs.load_judges(tmp_path, "cpu")
     save_weights(tmp_path / "reward.safetensors", {}, train=asdict(networks["train"].cfg))
     with pytest.raises(UserError, match="does not fit this Judge"):
-        ev.load_judges(tmp_path, "cpu")
+        runs.load_judges(tmp_path, "cpu")
     save_weights(tmp_path / "reward.safetensors", {"x": torch.zeros(1)}, config={})
     with pytest.raises(UserError, match="no config of the judge 'train'"):
-        ev.load_judges(tmp_path, "cpu")
+        runs.load_judges(tmp_path, "cpu")
 
 
 def test_a_run_that_lacks_or_mixes_checkpoints(run, tmp_path):
     with pytest.raises(UserError, match="tokenizer.safetensors: no such checkpoint"):
-        ev.load_policy(tmp_path, "ppo", "cpu")
+        runs.load_policy(tmp_path, "ppo", "cpu")
     (tmp_path / "ppo.safetensors").write_bytes((run / "ppo.safetensors").read_bytes())
     other = VQModel(VQConfig(ch=8, norm_groups=4, z_channels=8, codebook_size=16, codebook_dim=4))
     save_weights(tmp_path / "tokenizer.safetensors", other.state_dict(), config=asdict(other.cfg))
     with pytest.raises(UserError, match="knows 32 codes and 64 tokens.*16 and 64"):
-        ev.load_policy(tmp_path, "ppo", "cpu")
+        runs.load_policy(tmp_path, "ppo", "cpu")

@@ -24,6 +24,7 @@ import memory
 import eval_paircomp
 import janus
 import model as m
+import runs
 import sample
 import train
 from config import PPO
@@ -538,7 +539,7 @@ def add_judges(out):
     out.mkdir(exist_ok=True)
     torch.manual_seed(0)
     judges = {name: Judge(JudgeConfig(kind=kind, width=32)) for name, kind in (("train", "attend"), ("heldout", "convolve"))}
-    eval_paircomp.save_judges(out / "reward.safetensors", judges)
+    runs.save_judges(out / "reward.safetensors", judges)
 
 
 @pytest.fixture(scope="module")
@@ -588,7 +589,7 @@ def test_the_whole_way(folders, pairs, server, tmp_path, monkeypatch, capsys):
 
     janus.main(["--export", str(tmp_path / "export"), "--run", str(run), "--janus", folder])
     net = transformers.JanusForConditionalGeneration.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
-    model = eval_paircomp.load_policy(run, "ppo", "cpu")[1]
+    model = runs.load_policy(run, "ppo", "cpu")[1]
     assert same_bits(model.state_dict(), janus.load_janus(tmp_path / "export")[1].state_dict())
     mine = greedy(model, PROMPTS)
     assert mine.equal(greedy_of_transformers(net, model.text, PROMPTS).sequences)
@@ -684,14 +685,14 @@ def test_a_run_folder_without_its_text_is_refused(folders, tmp_path):
     run = run_of(folders["transformers"], tmp_path / "run")
     (run / "text.json").unlink()
     with pytest.raises(UserError, match="made for another text tokenizer"):
-        eval_paircomp.load_policy(run, "pretrain", "cpu")
+        runs.load_policy(run, "pretrain", "cpu")
 
 
 def test_a_base_brings_its_text_along(folders, tmp_path):
     run = run_of(folders["transformers"], tmp_path / "run")
     add_judges(run), (tmp_path / "copy").mkdir()
     train.copy_base(run, tmp_path / "copy", train.NEEDS["ppo"])
-    assert eval_paircomp.load_policy(tmp_path / "copy", "pretrain", "cpu")[1].text.encode("a")[-1] == janus.load_text(run).boi
+    assert runs.load_policy(tmp_path / "copy", "pretrain", "cpu")[1].text.encode("a")[-1] == janus.load_text(run).boi
 
 
 def test_the_janus_preset_comes_with_the_flag(folders, pairs):

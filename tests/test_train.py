@@ -16,7 +16,7 @@ import sample
 import train
 from config import NEEDS, PPO, PRESETS, STAGES, Pretrain
 from data import CATEGORIES, UserError, pairworld, shown_in, write_pairs
-from eval_paircomp import load_policy
+from runs import load_policy
 from model import prompt_divergence
 from ppo import ORIGINS
 from tokenizer import load_weights, save_weights
