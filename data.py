@@ -505,7 +505,7 @@ def left_padded(rows, texts, pad, max_len):
     longest = max(map(len, rows))
     if longest > max_len:
         text = texts[[len(r) for r in rows].index(longest)]
-        raise UserError(f"prompt of {longest} tokens is longer than the context of {max_len}: {text[:60]!r}...; shorten it")
+        raise UserError(f"prompt of {longest} tokens is longer than the context of {max_len}: {text[:60]!r}...; shorten it, or pretrain with a larger --n-text")
     return np.array([[pad] * (longest - len(r)) + r for r in rows], dtype=np.int64)
 
 

@@ -59,7 +59,7 @@ def t2icompbench(path, n):
 
 def dpg(path, n):
     if n not in (1, 4):
-        raise UserError(f"--n {n}: DPG-Bench takes 4 pictures a prompt, as a 2x2 grid, or 1 (its evaluator then needs PIC_NUM=1)")
+        raise UserError(f"--n {n}: DPG-Bench takes 4 pictures a prompt, as a 2x2 grid, or 1 (its evaluator then needs --pic-num 1)")
     if Path(path).is_dir():
         prompts = [(file.stem, " ".join(_lines(file)).strip()) for file in sorted(Path(path).glob("*.txt"))]
     else:
@@ -78,11 +78,13 @@ def dpg(path, n):
 
 
 LAYOUTS = {"geneval": geneval, "t2icompbench": t2icompbench, "dpg": dpg}
-EVALUATE = {
-    "geneval": "python evaluation/evaluate_images.py {out} --outfile results.jsonl --model-path DETECTOR; "
+EVALUATE = {  # each in its own repository's folder; {out} is absolute, and ends in no slash, which T2I-CompBench's 3D evaluator could not bear
+    "geneval": "python evaluation/evaluate_images.py {out} --outfile results.jsonl --model-path FOLDER_OF_THE_DETECTOR; "
                "python evaluation/summary_scores.py results.jsonl",
-    "t2icompbench": "the evaluators of T2I-CompBench's Readme, with {out} in place of examples/",
-    "dpg": "PIC_NUM={n} bash dpg_bench/dist_eval.sh {out} {size}",
+    "t2icompbench": "BLIPvqa_eval/BLIP_vqa.py --out_dir={out}; CLIPScore_eval, UniDet_eval and 3_in_1_eval (which wants 10 pictures a prompt of all of "
+                    "complex_val.txt) --outpath={out}; MLLM_eval --image_path or --file-path",
+    "dpg": "python dpg_bench/compute_dpg_bench.py --image-root-path {out} --resolution {size} --pic-num {n} --vqa-model mplug    (dist_eval.sh is for "
+           "two GPUs or more)",
 }
 
 

@@ -151,9 +151,12 @@ def main(argv=None):
         raise UserError("--pairs, --samples, --accumulate and --rollout-pairs: should be positive")
     batch, minibatch = Pretrain.batch // pre["accumulate"], args.pairs * 2 * args.samples // PPO.minibatches
     sequences = -(-minibatch // args.accumulate)
-    tasks = {"sample 4 pictures": dict(task="sampling", pictures=4), f"fine-tune, {batch} pictures a backward": dict(task="pretrain", sequences=batch),
-             f"PPO, {sequences} pictures a backward, {2 * args.rollout_pairs * args.samples} sampled at once": dict(
-                 task="ppo", sequences=sequences, rollout=2 * args.rollout_pairs, pictures=args.samples, prompts=2 * args.pairs)}
+    tasks = {
+        "sample 4 pictures": dict(task="sampling", rollout=1, pictures=4),
+        "sample 64 pictures": dict(task="sampling", rollout=32, pictures=2),
+        f"fine-tune, {batch} pictures a backward": dict(task="pretrain", sequences=batch),
+        f"PPO, {sequences} pictures a backward, {2 * args.rollout_pairs * args.samples} sampled at once": dict(
+            task="ppo", sequences=sequences, rollout=2 * args.rollout_pairs, pictures=args.samples, prompts=2 * args.pairs)}
     print(f"| Janus-Pro | task | GiB | fits | the most is alive in |{chr(10)}|---|---|---|---|---|")
     for size, cfg in JANUS.items():
         for name, settings in tasks.items():

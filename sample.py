@@ -12,6 +12,7 @@ where PPO changed the base model: the same distance between the two models with 
     python sample.py --run runs/tiny --prompts dpg_bench/prompts --layout dpg --out DIR
 """
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def write_layout(args):
     combine = list if args.layout != "dpg" else lambda pictures: [as_grid(pictures)]
     made = generate_files(model, vq, [task.prompt for task in tasks], files, n, args.guidance, args.temperature, args.seed, args.batch, combine)
     print(f"{made} files made, {len(ours) - made} were there, for {len(tasks)} prompts in {out}")
-    print("evaluate with: " + EVALUATE[args.layout].format(out=out, n=n, size=vq.cfg.image_size))
+    print("evaluate with: " + EVALUATE[args.layout].format(out=shlex.quote(str(out.resolve())), n=n, size=vq.cfg.image_size))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import train
 from config import NEEDS, PPO, PRESETS, STAGES, Pretrain
 from data import CATEGORIES, UserError, pairworld, shown_in, write_pairs
 from runs import load_policy
+from loop import Muon, orthogonal
 from model import prompt_divergence
 from ppo import ORIGINS
 from tokenizer import load_weights, save_weights
@@ -257,6 +258,23 @@ def test_a_broken_picture_loses_nothing(smoke, tmp_path, monkeypatch):
         train.main([*args, "--out", str(stopped)])
     train.main([*args, "--out", str(stopped), "--resume"])
     assert (whole / "pretrain.safetensors").read_bytes() == (stopped / "pretrain.safetensors").read_bytes()
+
+
+def test_muon_is_the_librarys_in_bf16_and_orthogonal_in_fp32():
+    torch.manual_seed(0)
+    shapes = [(16, 48), (48, 16), (20, 20)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = Muon(ours, 0.1, 0.01, torch.bfloat16), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(a.equal(b) for a, b in zip(ours, theirs))
+    for shape in shapes:
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape), torch.float32))
+        assert 0.4 < values.min() and values.max() < 1.3
 
 
 def test_sample_draws_a_prompt_and_a_pair(smoke, tmp_path):
