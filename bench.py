@@ -13,8 +13,9 @@ import time
 import numpy as np
 import torch
 
-from data import TextTokens, UserError, pairworld
+from data import UserError
 from model import ImageModel, ModelConfig, generate, pick_device, score
+from pairworld import TextTokens, pairworld
 from reward import JudgeConfig, NetworkJudge, Judge
 from tokenizer import VQConfig, VQModel, decode_ids, encode_images
 from config import PPO, Pretrain, Reward, Tokenizer

@@ -4,8 +4,9 @@ import difflib
 import math
 from dataclasses import dataclass, field, fields, replace
 
-from data import LONG, SHORT, UserError
+from data import UserError
 from judges import check_spec
+from pairworld import LONG, SHORT
 from tokenizer import VQConfig
 
 

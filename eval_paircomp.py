@@ -27,10 +27,11 @@ from einops import rearrange
 from tqdm import tqdm
 
 from compare import difference_report, markdown, read_arms, truth_report
-from data import ATTRIBUTES, CATEGORIES, IMAGE_SIZE, UserError, different_attributes, load_image, pairworld, read_json, read_scene, some
+from data import UserError, load_image, read_json, some
 from judges import JudgeError, is_elsewhere, open_judges
 from leaderboard import format_leaderboard
 from model import pick_device
+from pairworld import ATTRIBUTES, CATEGORIES, IMAGE_SIZE, different_attributes, pairworld, read_scene
 from plots import draw_comparison
 from reward import OracleJudge
 from runs import chosen_policy, generate_files, generate_images, guidance_of, load_judges, load_policy, same_settings, write_json

@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data import TextTokens, UserError, left_padded, read_json, some
+from data import UserError, left_padded, read_json, some
 from model import ImageModel, ModelConfig, pick_device
+from pairworld import TextTokens
 from tokenizer import VQConfig, VQModel, load_weights, save_weights, tensor_bytes, write_atomically
 
 # Looked up in tokenizer.json; PAD's id is not the same in 1B and 7B.
@@ -63,7 +64,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 # Text
 
 class JanusText:
-    """Janus' prompts, by the checkpoint's own tokenizer.json. The same interface as data.TextTokens.
+    """Janus' prompts, by the checkpoint's own tokenizer.json. The same interface as pairworld.TextTokens.
 
     Template of the official code (generation_inference.py, conversation "deepseek", no system prompt):
     BOS <|User|>: {text}\\n\\n<|Assistant|>:<begin_of_image>, without a blank before or after the text."""

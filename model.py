@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from data import TextTokens, UserError
+from data import UserError
+from pairworld import TextTokens
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Layer(nn.Module):
 
 
 class ImageModel(nn.Module):
-    """text makes the ids that embed_tokens knows: data.TextTokens, or janus.JanusText for a Janus checkpoint. With recompute a layer's
+    """text makes the ids that embed_tokens knows: pairworld.TextTokens, or janus.JanusText for a Janus checkpoint. With recompute a layer's
     activations are made again in the backward instead of being kept (activation checkpointing)."""
 
     def __init__(self, cfg, text=None):

@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from data import ATTRIBUTES, TextTokens, UserError, read_caption, read_scene
+from data import UserError
+from pairworld import ATTRIBUTES, TextTokens, read_caption, read_scene
 from tokenizer import ResBlock, Resample, from_pixels
 
 YES, NO = 0, 1                                                          # the two answers of a judge's head

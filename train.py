@@ -30,13 +30,13 @@ from einops import rearrange, repeat
 from tqdm import tqdm
 
 from config import MINUTES, NEEDS, PRESETS, STAGES, Common, parse
-from data import (ATTRIBUTES, CATEGORIES, PairSet, TextTokens, UserError, difference_mask, pairworld, picture_grid, read_pairs, read_prompts,
-                  read_scene, shown_in)
+from data import PairSet, UserError, picture_grid, read_pairs, read_prompts
 from eval_paircomp import benchmark, benchmark_pairs, category_means, divergence_auc, format_before_after
 from janus import import_janus, load_janus
 from judges import JudgeError, open_judges, submit
 from loop import Loop, adamw, append_log, autocast, bf16, muon_and_adamw, read_log, step_random
 from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, prompt_divergence, score, usual_guidance
+from pairworld import ATTRIBUTES, CATEGORIES, TextTokens, difference_mask, pairworld, read_scene, shown_in
 from plots import draw_curves
 from ppo import (ORIGINS, SAMPLED, choice_reward, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, pair_reward,
                  ppo_loss, spread_difference)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import janus
 import memory
 import model as m
-from data import pairworld
+from pairworld import pairworld
 from test_janus import PEAK, official_logits, official_name, small, write_official, write_tokenizer
 from tokenizer import from_pixels, tensor_bytes
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 import compare as cmp
 import eval_paircomp as ev
-from data import CATEGORIES, UserError
+from data import UserError
+from pairworld import CATEGORIES
 
 UNEQUAL = ["color"] * 4 + ["counting"] * 2 + ["text"]
 EACH = [c for c in CATEGORIES for _ in range(2)]

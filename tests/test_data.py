@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from data import ATTRIBUTES, CATEGORIES, GRID, IMAGE_SIZE, OPTIONAL, Layout, PairSet, Scene, TextTokens, UserError
+import pairworld as world
+from data import PairSet, UserError
+from pairworld import ATTRIBUTES, CATEGORIES, GRID, IMAGE_SIZE, OPTIONAL, Layout, Scene, TextTokens
 
 NAMES = list(ATTRIBUTES)
 text_tokens = TextTokens()
@@ -19,17 +21,17 @@ layouts = st.builds(Layout, st.integers(0, 2), st.permutations(range(4)).map(tup
 
 @pytest.fixture(scope="module")
 def held_out():
-    return data.pairworld(300, "test", seed=0)
+    return world.pairworld(300, "test", seed=0)
 
 
 @pytest.fixture(scope="module")
 def train():
-    return data.pairworld(6000, "train", seed=0)
+    return world.pairworld(6000, "train", seed=0)
 
 
 def expected_reading(prompts):
     """Prompts -> (n, 10), the index of each attribute that is named, -2 where it is not."""
-    return np.array([[data.read_caption(p).get(name, -2) for name in NAMES] for p in prompts])
+    return np.array([[world.read_caption(p).get(name, -2) for name in NAMES] for p in prompts])
 
 
 # --- text tokens
@@ -77,23 +79,23 @@ def test_a_prompt_longer_than_the_context_is_named():
 @given(scenes, st.sets(st.sampled_from(list(OPTIONAL))))
 def test_read_caption_is_the_inverse_of_caption(scene, named):
     told = {"count", "colour", "shape"} | {name for part in named for name in OPTIONAL[part]}
-    assert data.read_caption(data.caption(scene, named)) == {k: v for k, v in scene._asdict().items() if k in told}
+    assert world.read_caption(world.caption(scene, named)) == {k: v for k, v in scene._asdict().items() if k in told}
 
 
 @pytest.mark.parametrize("text", ["", "a cat", "one red circle and more", "red one circle", "one red circle left of a blue"])
 def test_what_is_not_a_caption_is_refused(text):
     with pytest.raises(UserError, match="not a PairWorld caption"):
-        data.read_caption(text)
+        world.read_caption(text)
 
 
 @settings(max_examples=300, deadline=None)
 @given(scenes, layouts)
 def test_oracle_reads_every_attribute_of_every_scene(scene, layout):
-    assert data.read_scene(data.render(scene, layout)[None])[0].tolist() == list(scene)
+    assert world.read_scene(world.render(scene, layout)[None])[0].tolist() == list(scene)
 
 
 def test_oracle_is_right_on_all_held_out_renderings(held_out):
-    found = data.read_scene(held_out.images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
+    found = world.read_scene(held_out.images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
     said = expected_reading([p for two in held_out.prompts for p in two])
     assert (found != -1).all()
     assert (found == said)[said != -2].all()
@@ -103,31 +105,31 @@ def test_oracle_survives_a_little_noise(held_out):
     """A reconstruction is never exact; the oracle reads the nearest template."""
     images = held_out.images[:50].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
     noisy = (images + np.random.default_rng(0).normal(0, 12, images.shape)).clip(0, 255).astype(np.uint8)
-    assert (data.read_scene(noisy) == data.read_scene(images)).all()
+    assert (world.read_scene(noisy) == world.read_scene(images)).all()
 
 
 SCENE, LAYOUT = Scene(1, 1, 0, 0, 0, 0, 2, 1, 0, 0), Layout(0, (0, 1, 2, 3), 0, 0)      # two objects, left of one reference
 
 
 def read_after(change):
-    image = data.render(SCENE, LAYOUT)
+    image = world.render(SCENE, LAYOUT)
     change(image)
-    return dict(zip(NAMES, data.read_scene(image[None])[0].tolist()))
+    return dict(zip(NAMES, world.read_scene(image[None])[0].tolist()))
 
 
 def test_oracle_refuses_mixed_colours():
     """Strictness: with a red and a green object no colour is right, or a policy could hedge."""
     def repaint(image):
-        image[:8, :8] = data.render(SCENE._replace(colour=1), LAYOUT)[:8, :8]
+        image[:8, :8] = world.render(SCENE._replace(colour=1), LAYOUT)[:8, :8]
     seen = read_after(repaint)
     assert seen["colour"] == -1 and seen["shape"] == SCENE.shape and seen["count"] == SCENE.count
 
 
 def test_oracle_refuses_mixed_shapes_two_letters_and_two_references():
     def reshape_one(image):
-        image[:8, :8] = data.render(SCENE._replace(shape=3), LAYOUT)[:8, :8]
+        image[:8, :8] = world.render(SCENE._replace(shape=3), LAYOUT)[:8, :8]
     assert read_after(reshape_one)["shape"] == -1
-    corner = data.render(SCENE, LAYOUT)[:8, 24:]
+    corner = world.render(SCENE, LAYOUT)[:8, 24:]
 
     def second_letter(image):
         image[24:, 24:] = corner
@@ -150,14 +152,14 @@ def test_oracle_refuses_objects_on_both_sides_and_an_empty_picture():
 
 
 def test_no_two_templates_look_alike():
-    cells = np.stack(list(data._templates().values())).reshape(len(data._templates()), -1)
+    cells = np.stack(list(world._templates().values())).reshape(len(world._templates()), -1)
     assert len(np.unique(cells, axis=0)) == len(cells)
 
 
 # --- pairs
 
 def test_the_two_pictures_differ_only_inside_the_difference_mask(held_out):
-    mask = data.difference_mask(held_out.images, 8)
+    mask = world.difference_mask(held_out.images, 8)
     assert mask.shape == (300, 8, 8) and mask.any((1, 2)).all()
     for (one, two), m in zip(held_out.images, mask):
         for y, x in itertools.product(range(8), range(8)):
@@ -167,8 +169,8 @@ def test_the_two_pictures_differ_only_inside_the_difference_mask(held_out):
 
 def test_pairs_share_their_nuisance(held_out):
     """Only what the prompts tell apart may differ: as many cells as the difference needs, and all unread attributes agree."""
-    found = data.read_scene(held_out.images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)).reshape(-1, 2, len(NAMES))
-    cells = data.difference_mask(held_out.images, GRID).sum((1, 2))
+    found = world.read_scene(held_out.images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)).reshape(-1, 2, len(NAMES))
+    cells = world.difference_mask(held_out.images, GRID).sum((1, 2))
     for category, (one, two), prompts, n in zip(held_out.categories, found, held_out.prompts, cells):
         differs = [name for name, a, b in zip(NAMES, one, two) if a != b]
         assert len(differs) == 1 and differs[0] in CATEGORIES[category]
@@ -186,9 +188,9 @@ def test_pairs_share_their_nuisance(held_out):
 
 def carriers(scene, layout, name):
     """The cells (4, 4) of a rendering that carry an attribute, from where `render` puts things."""
-    at = {"object": [data._turn(scene.relation, k // 2, layout.offset + k % 2) for k in layout.cells[:scene.count + 1]],
-          "ref": [data._turn(scene.relation, GRID - 1, 1 + layout.ref_slot)],
-          "letter": [data._turn(scene.relation, GRID - 1, (GRID - 1) * layout.letter_slot)]}
+    at = {"object": [world._turn(scene.relation, k // 2, layout.offset + k % 2) for k in layout.cells[:scene.count + 1]],
+          "ref": [world._turn(scene.relation, GRID - 1, 1 + layout.ref_slot)],
+          "letter": [world._turn(scene.relation, GRID - 1, (GRID - 1) * layout.letter_slot)]}
     at["style"] = [place for place in itertools.product(range(GRID), range(GRID)) if place not in sum(at.values(), [])]
     kinds = {"letter": ["letter"], "style": ["style"], "ref_colour": ["ref"], "ref_shape": ["ref"], "relation": ["object", "ref"],
              "count": ["object", "style"]}.get(name, ["object"])
@@ -208,34 +210,34 @@ def test_a_picture_shows_a_difference_in_the_cells_that_carry_it(name, scene, la
     if other == scene:                                                  # two sizes and two fills: two steps lead back
         other = scene._replace(**{name: 1 - getattr(scene, name)})
     named = named | {part for part, names in OPTIONAL.items() if name in names}
-    images, told = np.stack([data.render(s, layout) for s in (scene, other)]), (data.caption(scene, named), data.caption(other, named))
+    images, told = np.stack([world.render(s, layout) for s in (scene, other)]), (world.caption(scene, named), world.caption(other, named))
     for image, s, two in zip(images, (scene, other), (told, told[::-1])):
-        shown, cells = data.shown_in(image[None], [two], 8)[0], carriers(s, layout, name)
+        shown, cells = world.shown_in(image[None], [two], 8)[0], carriers(s, layout, name)
         assert shown.shape == (8, 8) and np.array_equal(shown, cells.repeat(2, 0).repeat(2, 1))
-        assert np.array_equal(data.shown_in(image[None], [two], GRID)[0], cells)
+        assert np.array_equal(world.shown_in(image[None], [two], GRID)[0], cells)
         if name != "relation":
-            assert shown[data.difference_mask(images[None], 8)[0]].all()
+            assert shown[world.difference_mask(images[None], 8)[0]].all()
         if name not in ("relation", "count"):
-            assert np.array_equal(cells, data.difference_mask(images[None], GRID)[0])
+            assert np.array_equal(cells, world.difference_mask(images[None], GRID)[0])
     if name == "relation":
         anywhere = np.any([carriers(s, layout, n) for s in (scene, other) for n in ("relation", "letter")], 0)
-        assert anywhere[data.difference_mask(images[None], GRID)[0]].all()
+        assert anywhere[world.difference_mask(images[None], GRID)[0]].all()
 
 
 def test_what_a_picture_shows_is_found_row_by_row_and_in_what_was_sampled(held_out):
     """The rows are pictures with pairs of their own, noise does no harm, and a blank picture is background alone."""
     images, prompts = held_out.images[:60, 0], held_out.prompts[:60]
-    shown = data.shown_in(images, prompts, 8)
-    assert all(np.array_equal(shown[i], data.shown_in(images[i:i + 1], prompts[i:i + 1], 8)[0]) for i in range(60))
+    shown = world.shown_in(images, prompts, 8)
+    assert all(np.array_equal(shown[i], world.shown_in(images[i:i + 1], prompts[i:i + 1], 8)[0]) for i in range(60))
     noisy = (images + np.random.default_rng(0).normal(0, 12, images.shape)).clip(0, 255).astype(np.uint8)
-    assert np.array_equal(data.shown_in(noisy, prompts, 8), shown)
-    blank = data.shown_in(np.full_like(images, 250), prompts, 8)
+    assert np.array_equal(world.shown_in(noisy, prompts, 8), shown)
+    blank = world.shown_in(np.full_like(images, 250), prompts, 8)
     assert blank.mean((1, 2)).tolist() == [c in ("counting", "style") for c in held_out.categories[:60]]
 
 
 def test_two_captions_that_say_the_same_show_nothing_apart(held_out):
     with pytest.raises(UserError, match="say the same"):
-        data.shown_in(held_out.images[:1, 0], [held_out.prompts[0][:1] * 2], 8)
+        world.shown_in(held_out.images[:1, 0], [held_out.prompts[0][:1] * 2], 8)
 
 
 def test_the_texts_of_a_set_are_its_prompts_pair_by_pair(held_out):
@@ -253,10 +255,10 @@ def test_no_test_prompt_or_combination_is_ever_trained_on(train, held_out):
     tested = {p for two in held_out.prompts for p in two}
     assert not trained & tested
     def combination(prompt):
-        told = data.read_caption(prompt)
+        told = world.read_caption(prompt)
         return told["count"], told["colour"], told["shape"]
     train_combos, test_combos = {combination(p) for p in trained}, {combination(p) for p in tested}
-    assert test_combos <= data.held_out_combinations() and not train_combos & data.held_out_combinations()
+    assert test_combos <= world.held_out_combinations() and not train_combos & world.held_out_combinations()
     # and every single word of a test prompt is trained on: what is new is the combination
     assert {w for p in tested for w in p.split()} <= {w for p in trained for w in p.split()}
 
@@ -266,7 +268,7 @@ def test_no_test_pair_comes_twice(held_out):
 
 
 def test_pairworld_is_determined_by_its_seed():
-    one, same, other = (data.pairworld(30, "train", seed) for seed in (1, 1, 2))
+    one, same, other = (world.pairworld(30, "train", seed) for seed in (1, 1, 2))
     assert one.prompts == same.prompts and np.array_equal(one.images, same.images)
     assert one.prompts != other.prompts
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 import eval_paircomp as ev
 import runs
-from data import CATEGORIES, UserError, pairworld
+from data import UserError
 from model import ImageModel, ModelConfig
+from pairworld import CATEGORIES, pairworld
 from reward import Judge, JudgeConfig, OracleJudge
 from tokenizer import VQConfig, VQModel, save_weights
 

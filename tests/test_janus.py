@@ -28,8 +28,9 @@ import runs
 import sample
 import train
 from config import PPO
-from data import UserError, pairworld, write_pairs
+from data import UserError, write_pairs
 from janus import BOI, BOS, PAD, JanusText
+from pairworld import pairworld
 from reward import Judge, JudgeConfig
 from test_judges import serve
 from tokenizer import from_pixels, load_weights, save_weights

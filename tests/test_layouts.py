@@ -14,9 +14,10 @@ from PIL import Image
 import eval_paircomp as ev
 import layouts
 import sample
-from data import CATEGORIES, UserError
+from data import UserError
 from leaderboard import COLUMNS, format_leaderboard, published
 from model import ImageModel, ModelConfig
+from pairworld import CATEGORIES
 from tokenizer import VQConfig, VQModel, save_weights
 
 

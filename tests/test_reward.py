@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-import data
+import pairworld as world
 import reward
-from data import TextTokens
+from pairworld import TextTokens
 from reward import NO, YES, Judge, JudgeConfig, NetworkJudge, OracleJudge
 
 KINDS = ["attend", "convolve"]
@@ -30,7 +30,7 @@ def tensors(pairs, n):
 
 @pytest.fixture(scope="module")
 def pairs():
-    return data.pairworld(24, "test", seed=3)
+    return world.pairworld(24, "test", seed=3)
 
 
 class Comparer(nn.Module):
@@ -231,7 +231,7 @@ def test_a_prompt_alone_and_in_a_batch_gets_the_same_answer(kind, pairs):
 def test_a_tiny_judge_learns_a_handful_of_pairs(kind):
     """After 350 steps one of the 24 answers was still wrong on a processor without AVX-512, whose sums round differently; 600 steps learn all
     of them from each of four starts."""
-    pairs = data.pairworld(6, "test", seed=0)                                               # one of each category
+    pairs = world.pairworld(6, "test", seed=0)                                               # one of each category
     pictures, prompts = tensors(pairs, 6)
     network, rng = small(kind).train(), np.random.default_rng(0)
     assert reward.judge_report(NetworkJudge(small(kind)), pairs.images, pairs)["accuracy"] < 0.8
@@ -300,6 +300,6 @@ def test_report_of_a_perfect_and_of_a_blind_judge(pairs):
         def score(self, images, prompts):
             return torch.full((len(prompts),), 0.9)
     perfect, blind = (reward.judge_report(judge, pairs.images, pairs) for judge in (OracleJudge(), Blind()))
-    assert set(perfect) == {*data.CATEGORIES, "accuracy", "ece"}
+    assert set(perfect) == {*world.CATEGORIES, "accuracy", "ece"}
     assert all(v == 1.0 for k, v in perfect.items() if k != "ece") and perfect["ece"] < 1e-6
     assert all(v == 0.5 for k, v in blind.items() if k != "ece") and 0.3 < blind["ece"] < 0.5

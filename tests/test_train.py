@@ -15,7 +15,8 @@ import torch
 import sample
 import train
 from config import NEEDS, PPO, PRESETS, STAGES, Pretrain
-from data import CATEGORIES, UserError, pairworld, shown_in, write_pairs
+from data import UserError, write_pairs
+from pairworld import CATEGORIES, pairworld, shown_in
 from runs import load_policy
 from loop import Muon, orthogonal
 from model import prompt_divergence
