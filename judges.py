@@ -62,7 +62,7 @@ class Panel:
     100 bytes each, by a digest of the picture's pixels and the prompt."""
 
     def __init__(self, judges):
-        self.judges, self.known, self.file = judges, {}, None
+        self.judges, self.known, self.path = judges, {}, None
         self.names, self.who = ([getattr(judge, kind) for judge in judges] for kind in ("name", "who"))
         self.remote = any(isinstance(judge, ServerJudge) for judge in judges)
 
@@ -81,8 +81,9 @@ class Panel:
             if new:
                 learned = dict(zip(new, torch.stack([ready() for ready in waiting]).mean(0).tolist()))
                 self.known.update(learned)
-                if self.file:
-                    self.file.write("".join(f'["{key.hex()}", {score!r}]\n' for key, score in learned.items()))
+                if self.path:
+                    with open(self.path, "a", encoding="utf-8") as file:
+                        file.writelines(f'["{key.hex()}", {score!r}]\n' for key, score in learned.items())
             return torch.tensor([self.known[key] for key in keys])
         return answers
 
@@ -98,7 +99,7 @@ class Panel:
         except (ValueError, TypeError) as e:
             raise UserError(f"{path}: does not hold a judge's answers ({e}); remove it") from e
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines or [self.who]).encode())
-        self.file = open(path, "a", buffering=1, encoding="utf-8")
+        self.path = path
 
 
 def submit(judge, images, prompts):
