@@ -38,7 +38,7 @@ def make_tiny_vlm(folder, seed=0, width=16):
                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, **ids),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_select_strategy="full", vision_feature_layer=-1))
     for p in model.parameters():                                        # so that pictures and prompts move the answer visibly
-        p.data.mul_(20 if p.dim() > 1 else 1)
+        p.data.mul_(320 / width if p.dim() > 1 else 1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -49,12 +49,14 @@ def make_servable(folder):
     first tokens, as of a model that has learned to answer; a server lists no more."""
     from safetensors.torch import load_file, save_file
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from judges import QUESTION
     make_tiny_vlm(folder, width=64)
     model, processor = LlavaForConditionalGeneration.from_pretrained(folder).eval(), LlavaProcessor.from_pretrained(folder)
     rng, hidden = np.random.default_rng(1), []
     with torch.no_grad():
         for n in range(16):
-            picture, question = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), "a question " * n
+            picture, question = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), QUESTION.format(prompt="a cat " * (n + 1))
             inputs = processor(images=picture, text=f"<image>\n{question}\nA:", return_tensors="pt")
             hidden.append(model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1])
         hidden, head = torch.stack(hidden), model.lm_head.weight
@@ -62,7 +64,7 @@ def make_servable(folder):
         mean = hidden.mean(0)
         for word in ("yes", "Yes", "YES", "no", "No", "NO"):
             answer = processor.tokenizer.convert_tokens_to_ids(word)
-            head[answer] += mean / mean.dot(mean) * (5 - mean.dot(head[answer]))
+            head[answer] += mean / mean.dot(mean) * (6 - mean.dot(head[answer]))
     model.save_pretrained(folder)
     file = Path(folder) / "model.safetensors"
     names = {name: name.replace("vision_tower.", "vision_tower.vision_model.") for name in load_file(file)}
