@@ -119,7 +119,8 @@ class PPO(Common):
     truth_counted: bool = flag(True, "ground truth counts in the mean and std of its pool")
     judge: list = field(default_factory=list, metadata={"help": "who gives the rewards in place of the run's own judge: an OpenAI-compatible server, "
                         "http://HOST:PORT/v1 or .../v1#MODEL, or transformers:DIR; may be given twice: the mean"})
-    heldout_judge: str = flag("", "who tests in place of the run's own held-out judge: as --judge")
+    heldout_judge: str = flag("", "who tests in place of the run's own held-out judge: as --judge; with --data it wants --test")
+    test: str = flag("", "PairComp.json to test on, during the run and before/after, in place of PairWorld's held-out pairs")
     judge_full_stop: bool = flag(False, "the training judge's question ends in a full stop, as in the official code; the test's never does")
     judge_workers: int = flag(16, "most requests to a judge's server at once")
     judge_timeout: float = flag(60.0, "seconds to wait for its answer")
@@ -214,5 +215,7 @@ def check(cfg):
         raise UserError("--advantage joint: weighs rewards by the twin's mean reward, and --reward margin may be negative; choose another")
     for spec in [*getattr(cfg, "judge", []), *filter(None, [getattr(cfg, "heldout_judge", "")])]:
         check_spec(spec)
+    if getattr(cfg, "heldout_judge", "") and cfg.data and not cfg.test:
+        raise UserError("--heldout-judge: has nothing to test on with --data; give --test PairComp.json too, or score pictures after training")
     if getattr(cfg, "pairs", 1) % getattr(cfg, "minibatches", 1):
         raise UserError(f"--minibatches {cfg.minibatches}: should divide --pairs {cfg.pairs}")

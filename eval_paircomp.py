@@ -97,11 +97,12 @@ def benchmark_pairs(n_per_category=20):
     return pairworld(6 * n_per_category, "test", seed=0)
 
 
-def benchmark(model, vq, judges, pairs, cfg, batch=64, progress=None):
-    """The PairWorld benchmark of a policy -> (report of `paircomp`, images (P, 2, 2, H, W, 3)). cfg has guidance, temperature and seed."""
+def benchmark(model, vq, judges, pairs, cfg, batch=64, progress=None, pairworld=True):
+    """A policy's pictures of the pairs' prompts, judged -> (report of `paircomp`, images (P, 2, 2, H, W, 3)). cfg has guidance, temperature and
+    seed."""
     images = generate_images(model.eval(), vq, pairs.texts(), PICTURES, cfg.guidance, cfg.temperature, cfg.seed, batch, progress)
     images = rearrange(images, "(p i) k h w c -> p i k h w c", i=2)
-    return paircomp(images, pairs, judges, pairworld=True), images
+    return paircomp(images, pairs, judges, pairworld), images
 
 
 def divergence_auc(divergence, mask):

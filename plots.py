@@ -26,7 +26,8 @@ def draw_curves(out):
             rows = [e for e in rows if "test" in e]
             for judge in [j for j in ("train", "heldout", "oracle") if rows and j in rows[0]["test"]]:
                 ax.plot([e["step"] for e in rows], [e["test"][judge]["s_g"] for e in rows], label=judge)
-            ax.plot([e["step"] for e in rows], [e["test"]["pair_accuracy"] for e in rows], label="pair accuracy", linestyle="--")
+            if rows and "pair_accuracy" in rows[0]["test"]:
+                ax.plot([e["step"] for e in rows], [e["test"]["pair_accuracy"] for e in rows], label="pair accuracy", linestyle="--")
             ax.legend()
         else:
             for key in [keys] if isinstance(keys, str) else keys:

@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 from config import MINUTES, NEEDS, PRESETS, STAGES, Common, parse
 from data import PairSet, UserError, picture_grid, read_pairs, read_prompts
-from eval_paircomp import benchmark, benchmark_pairs, category_means, divergence_auc, format_before_after
+from eval_paircomp import benchmark, benchmark_pairs, category_means, divergence_auc, format_before_after, read_benchmark
 from janus import import_janus, load_janus
 from judges import JudgeError, open_judges, submit
 from loop import Loop, adamw, append_log, autocast, bf16, muon_and_adamw, read_log, step_random
 from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, prompt_divergence, score, usual_guidance
-from pairworld import ATTRIBUTES, CATEGORIES, TextTokens, difference_mask, pairworld, read_scene, shown_in
+from pairworld import ATTRIBUTES, TextTokens, difference_mask, pairworld, read_scene, shown_in
 from plots import draw_curves
 from ppo import (ORIGINS, SAMPLED, choice_reward, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, pair_reward,
                  ppo_loss, spread_difference)
@@ -243,22 +243,22 @@ def train_ppo(cfg, resume):
     cfg, judges = judges_of(cfg, device)
     pairs = training_pairs(cfg, vq.cfg.image_size, bare=cfg.mine == 1)      # `told_apart` looks at every pair's pictures
     lone = read_prompts(cfg.prompts) if cfg.prompts else None
-    for told in filter(None, (pairs, lone)):
+    test, quick_test = (test_pairs(cfg, n) for n in (cfg.eval_pairs, cfg.quick_pairs))
+    for told in filter(None, (pairs, lone, test)):
         training_texts(told, policy.cfg.n_text, policy.text)
         if not cfg.judge:
             training_texts(told, JudgeConfig.n_text)
-    test, quick_test = (None, None) if cfg.data else (benchmark_pairs(cfg.eval_pairs), benchmark_pairs(cfg.quick_pairs))
     for model in (policy, reference):
         maybe_compile(model, cfg)
     together = cfg.rollout_pairs or (-(-cfg.pairs // 4) if cfg.judge and judges["train"].remote else cfg.pairs)
     empty, pi = empty_ids(policy), dict(guidance=cfg.guidance, temperature=cfg.temperature)
     loop = Loop("ppo", cfg, resume, {"model": policy}, [adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)])
-    before = None if test is None else benchmark(reference, vq, judges, test, cfg)
+    before = None if test is None else benchmark(reference, vq, judges, test, cfg, pairworld=not cfg.test)
     for step in loop:
         extra = {}
         if test is not None and step % cfg.eval_every == 0:                                             # at step 0: the base model
-            quick = loop.guarded(step, lambda: benchmark(policy, vq, judges, quick_test, cfg)[0])
-            extra["test"] = {judge: quick[judge]["average"] for judge in judges} | {"pair_accuracy": quick["pair_accuracy"]["average"]}
+            quick = loop.guarded(step, lambda: benchmark(policy, vq, judges, quick_test, cfg, pairworld=not cfg.test)[0])
+            extra["test"] = {name: quick[name]["average"] for name in (*judges, "pair_accuracy") if name in quick}
 
         # The step's prompts, and which of them are shown ground truth
         rng, generator = step_random(cfg, "ppo", step, device)
@@ -369,6 +369,15 @@ def train_ppo(cfg, resume):
     print(f"curves: {draw_curves(out)}")
 
 
+def test_pairs(cfg, n):
+    """What PPO is tested on, n pairs a category: PairWorld's held-out ones, the first of --test, or None with --data alone."""
+    if not cfg.test:
+        return None if cfg.data else benchmark_pairs(n)
+    prompts, categories = read_benchmark(cfg.test)
+    rows = [row for category in dict.fromkeys(categories) for row in np.flatnonzero(np.array(categories) == category)[:n]]
+    return PairSet([prompts[row] for row in rows], [None] * len(rows), [categories[row] for row in rows])
+
+
 @torch.no_grad()
 def told_apart(policy, vq, images, texts, empty, pi):
     """How well the policy tells n pairs' two pictures apart by their prompts: the mean over both of log pi(I | T) - log pi(I | T'), T' the
@@ -393,7 +402,8 @@ def judges_of(cfg, device):
     if cfg.heldout_judge:
         judges["heldout"] = open_judges([cfg.heldout_judge], device, **server)
         cfg = replace(cfg, heldout_judge=judges["heldout"].names[0])
-    return cfg, {name: judges[name] for name in ("train", "heldout", "oracle") if name in judges}
+    told = ("train", "heldout") if cfg.test else ("train", "heldout", "oracle")      # the oracle reads PairWorld alone
+    return cfg, {name: judges[name] for name in told if name in judges}
 
 
 def difference_of(cfg, policy, empty, ids, tokens, pictures, prompts, generator):
@@ -424,21 +434,27 @@ def gradient_norms(policy, loss_of, origin):
 
 
 def finish_benchmark(cfg, policy, reference, vq, judges, test, before):
-    """Before/after: the table, paircomp.json, the picture, how well D_t finds the true difference and where the policy changed."""
-    (base, base_images), (ppo, ppo_images) = before, benchmark(policy, vq, judges, test, cfg)
-    for report, model in ((base, reference), (ppo, policy)):
-        report["divergence_auc"], report["spread_auc"], _ = true_difference(vq, test, model, model, twins=True)
-    *_, ppo["change"] = true_difference(vq, test, policy, reference, twins=False)
+    """Before/after: the table, paircomp.json and the picture; of PairWorld also how well D_t finds the true difference and where the policy
+    changed."""
+    (base, base_images), (ppo, ppo_images) = before, benchmark(policy, vq, judges, test, cfg, pairworld=not cfg.test)
+    if not cfg.test:
+        for report, model in ((base, reference), (ppo, policy)):
+            report["divergence_auc"], report["spread_auc"], _ = true_difference(vq, test, model, model, twins=True)
+        *_, ppo["change"] = true_difference(vq, test, policy, reference, twins=False)
     curve = [{"step": e["step"], **e["test"], **{k: e[k] for k in ("grad_norm_of", "kl_of") if k in e}} for e in read_log(cfg) if "test" in e]
     write_atomically(Path(cfg.out) / "paircomp.json", json.dumps({"base": base, "ppo": ppo, "curve": curve, "config": asdict(cfg)}).encode())
-    picks = list(range(len(CATEGORIES)))                              # the first pair of each category, not the best
-    rows = np.stack([test.images[picks], base_images[picks, :, 0], ppo_images[picks, :, 0]], 1)         # (6, 3, 2, H, W, 3)
-    labels = [label for i in picks for who in ("asked: ", "base: ", "ppo: ") for label in (who + t for t in test.prompts[i])]
-    save_picture(cfg, "before_after.png", rows.reshape(-1, *rows.shape[3:]), labels, columns=6, scale=5)
+    picks = [test.categories.index(category) for category in dict.fromkeys(test.categories)]           # the first of each category, not the best
+    shown = {"base": base_images[picks, :, 0], "ppo": ppo_images[picks, :, 0]}                          # (picks, 2, H, W, 3)
+    if not cfg.test:
+        shown = {"asked": test.images[picks]} | shown
+    rows = np.stack(list(shown.values()), 1)                                                            # (picks, 2 or 3, 2, H, W, 3)
+    labels = [f"{who}: {text}" for pick in picks for who in shown for text in test.prompts[pick]]
+    save_picture(cfg, "before_after.png", rows.reshape(-1, *rows.shape[3:]), labels, columns=2 * len(shown), scale=5)
     print(format_before_after(base, ppo))
-    print("AUC of D_t against the true difference, and of D_t spread over its neighbours:",
-          *(f"\n  {who:4} {kind:10} {show(r[kind + '_auc'])}" for who, r in (("base", base), ("ppo", ppo)) for kind in ("divergence", "spread")))
-    print("change of the policy, nats a token:", *(f"\n  {where:7} {show(ppo['change'][where])}" for where in ("inside", "outside")))
+    if not cfg.test:
+        print("AUC of D_t against the true difference, and of D_t spread over its neighbours:",
+              *(f"\n  {who:4} {kind:10} {show(r[kind + '_auc'])}" for who, r in (("base", base), ("ppo", ppo)) for kind in ("divergence", "spread")))
+        print("change of the policy, nats a token:", *(f"\n  {where:7} {show(ppo['change'][where])}" for where in ("inside", "outside")))
     print(f"pictures: {Path(cfg.out) / 'samples' / 'before_after.png'}")
 
 

@@ -556,13 +556,17 @@ def test_the_whole_way(folders, pairs, server, tmp_path, monkeypatch, capsys):
     """Fine-tune, align by a judge on a server, sample, write PairComp's pictures, score, summarise, export; transformers loads the
     export and draws the same tokens."""
     monkeypatch.setattr(train, "draw_curves", lambda out: out)
-    folder, run = str(folders["transformers"]), tmp_path / "run"
+    folder, run, benchmark = str(folders["transformers"]), tmp_path / "run", str(tmp_path / "prompts.json")
+    Path(benchmark).write_text(json.dumps([{"category": "Color difference", "caption1": PROMPTS[0], "caption2": PROMPTS[1]}]))
     common = ["--janus", folder, "--data", pairs, "--out", str(run), "--device", "cpu"]
     train.main(["--stage", "pretrain", *common, "--steps", "3", "--batch", "4", "--accumulate", "2", "--lr", "1e-3"])
     train.main(["--stage", "ppo", *common, "--steps", "2", "--pairs", "2", "--samples", "3", "--accumulate", "2", "--rollout-pairs", "1",
                 "--lr", "1e-3", "--warmup", "1", "--mine", "2", "--difference", "0.5", "--truth-full-until", "1", "--truth-low-at", "1",
-                "--truth-zero-at", "1", "--judge", server])
+                "--truth-zero-at", "1", "--judge", server, "--heldout-judge", server, "--test", benchmark, "--eval-every", "1"])
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    report = json.loads((run / "paircomp.json").read_text())
+    assert all(0 < e["test"]["heldout"]["s_g"] < 1 for e in log if e["stage"] == "ppo") and set(report["ppo"]) == {"train", "heldout", "pairs"}
+    assert list(report["base"]["heldout"]) == ["color", "average"] and (run / "samples" / "before_after.png").exists()
     assert [e["stage"] for e in log] == ["pretrain"] * 3 + ["ppo"] * 2
     base, tuned, ppo = janus.load_janus(folder)[1].state_dict(), *(load_weights(run / f"{s}.safetensors")[0] for s in ("pretrain", "ppo"))
     moved = ("gen_head.2.weight", "layers.0.self_attn.qkv_proj.weight", "gen_embed.weight")
@@ -571,21 +575,19 @@ def test_the_whole_way(folders, pairs, server, tmp_path, monkeypatch, capsys):
     sample.main(["--run", str(run), "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--n", "2", "--guidance", "5", "--out",
                  str(tmp_path / "a.png"), "--device", "cpu"])
     sample.main(["--janus", folder, "--prompt", PROMPTS[0], "--n", "1", "--out", str(tmp_path / "b.png"), "--device", "cpu"])
-    prompts = [{"category": "Color difference", "caption1": PROMPTS[0], "caption2": PROMPTS[1]}]
-    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     for who in (["--run", str(run)], ["--janus", folder]):
         images = tmp_path / f"pictures of {who[0][2:]}"
-        eval_paircomp.main(["--generate", *who, "--prompts", str(tmp_path / "prompts.json"), "--images", str(images), "--guidance", "5",
+        eval_paircomp.main(["--generate", *who, "--prompts", benchmark, "--images", str(images), "--guidance", "5",
                             "--batch", "2", "--device", "cpu"])
         assert sorted(p.name for p in images.iterdir()) == ["0_0_0.png", "0_0_1.png", "0_1_0.png", "0_1_1.png"]
         assert Image.open(images / "0_0_0.png").size == (32, 32)
-    eval_paircomp.main(["--score", "--images", str(tmp_path / "pictures of run"), "--prompts", str(tmp_path / "prompts.json"), "--judge", server,
+    eval_paircomp.main(["--score", "--images", str(tmp_path / "pictures of run"), "--prompts", benchmark, "--judge", server,
                         "--out", str(tmp_path / "scores.json")])
     scores = [entry["score"] for entry in json.loads((tmp_path / "scores.json").read_text())["0"]]
     red = [np.asarray(Image.open(tmp_path / "pictures of run" / f"0_{i}_{k}.png"))[..., 0].mean() / 255 for i in range(2) for k in range(2)]
     assert scores == pytest.approx(red, abs=1e-3) and len(set(scores)) > 1                      # what this judge answers: how red a picture is
     capsys.readouterr()
-    eval_paircomp.main(["--summarize", str(tmp_path / "scores.json"), "--prompts", str(tmp_path / "prompts.json")])
+    eval_paircomp.main(["--summarize", str(tmp_path / "scores.json"), "--prompts", benchmark])
     assert f"{100 * np.mean(scores):.1f}" in capsys.readouterr().out
 
     janus.main(["--export", str(tmp_path / "export"), "--run", str(run), "--janus", folder])

@@ -305,6 +305,7 @@ def test_help_lists_every_flag_of_a_stage(stage, capsys):
     (["--stage", "pp0"], "invalid choice: 'pp0'"),
     (["--lr", "1"], "say which stage"),
     (["--stage", "ppo", "--samples", "2", "--truth-full-until", "1", "--truth-low-at", "1", "--truth-zero-at", "1"], "should be at least 3, since ground truth"),
+    (["--stage", "ppo", "--data", "x", "--heldout-judge", "http://h:1/v1"], "has nothing to test on with --data"),
     (["--stage", "ppo", "--advantage", "critic"], "should be one of pair, group"),
     (["--stage", "ppo", "--reward", "sum"], "should be one of own, .*product, margin, shared"),
     (["--stage", "ppo", "--difference-on", "reward"], "should be one of all, choice"),
