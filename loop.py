@@ -1,4 +1,4 @@
-"""What the four training loops share: their random numbers, their log, their optimizers, their state on disk."""
+"""What the four training loops share: their data, their random numbers, their log, their optimizers, their state on disk."""
 import json
 import math
 import signal
@@ -8,11 +8,50 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from tqdm import tqdm
 
 from config import STAGES
-from data import UserError, read_json
-from tokenizer import load_strictly, load_weights, save_weights, write_atomically
+from data import UserError, picture_grid, read_json, read_pairs
+from pairworld import TextTokens, pairworld
+from tokenizer import encode_images, load_strictly, load_weights, save_weights, write_atomically
+
+
+def training_pairs(cfg, image_size, bare=False):
+    """bare: pairs without pictures come too."""
+    if not cfg.data:
+        return pairworld(cfg.n_pairs, "train", cfg.seed, cfg.extra)
+    pairs = read_pairs(cfg.data, image_size)
+    return pairs if bare else pairs.with_images()
+
+
+def training_texts(pairs, n_text, text=TextTokens()):
+    """Every prompt of a set, two a pair; one that is too long is told now and not in the middle of a run."""
+    texts = pairs.texts()
+    text.prompts(texts, n_text)
+    return texts
+
+
+def tokens_of(prompts, n_text, device, text=TextTokens(), dropped=None):
+    """B strings -> ids (B, T) on the device, as `TextTokens.prompts`."""
+    return torch.from_numpy(text.prompts(prompts, n_text, dropped)).to(device)
+
+
+def encode_pairs(vq, pairs, device):
+    """Every picture of a set as tokens, once: (P, 2, N) int64 on the CPU."""
+    chunks = np.array_split(np.arange(len(pairs)), -(-len(pairs) // 256))
+    ids = [encode_images(vq, pairs.load(c).reshape(-1, vq.cfg.image_size, vq.cfg.image_size, 3), device).cpu() for c in tqdm(chunks, "encoding", leave=False)]
+    return rearrange(torch.cat(ids), "(p i) n -> p i n", i=2)
+
+
+def save_picture(cfg, name, images, labels=None, columns=8, scale=3):
+    folder = Path(cfg.out) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    picture_grid(images, labels, columns, max(1, scale * 32 // images.shape[1])).save(folder / name)
+
+
+def show(report):
+    return ", ".join(f"{k} ({show(v)})" if isinstance(v, dict) else f"{k} {v:.3f}" for k, v in report.items())
 
 
 def bf16(cfg, device):

@@ -89,6 +89,25 @@ def spread_difference(divergence, grid, radius):
     return windows[:, :side * side // 2 + 1].amax(1)                    # the window's first half is drawn before, its middle is the token
 
 
+def token_advantages(rewards, choice, origin, weights, cfg):
+    """Advantages of pictures, then of their tokens. rewards, choice, origin (P, 2, G), weights (P, 2, G, N) or 1 -> (P, 2, G, N), or
+    (P, 2, G, 1) where all tokens have the same.
+
+    cfg: advantage, std_floor; choice, the weight of being told from the twin; difference_on, what the weights act on; truth_counted,
+    truth_floor, of ground truth."""
+    sampled = (origin == SAMPLED)[..., None]
+    counted = None if cfg.truth_counted else origin == SAMPLED
+    advantages = group_advantages(rewards, cfg.advantage, cfg.std_floor, counted)[..., None]
+    if cfg.difference_on == "truth":
+        weights = torch.where(sampled, 1.0, weights)
+    if cfg.choice:
+        told = cfg.choice * group_advantages(choice, cfg.advantage, cfg.std_floor, counted)[..., None]
+        advantages = advantages + weights * told if cfg.difference_on == "choice" else weights * (advantages + told)
+    else:
+        advantages = weights * advantages
+    return torch.where(sampled, advantages, advantages.clamp(min=cfg.truth_floor))
+
+
 def difference_weights(divergence, strength, cap):
     """w_t = (1 - lambda) + lambda * D_t / mean(D), capped, then scaled to mean 1 over each sequence (ours; lambda = 0 is the paper).
 

@@ -17,7 +17,6 @@ log.jsonl (one object a step), paircomp.json, samples/*.png and curves.png.
 Every random choice of step n is drawn from generators seeded by (seed, stage, n). There is no generator state to save, and a run
 that was killed ends, on CPU, with the same bits as one that was not.
 """
-import json
 import math
 import sys
 import time
@@ -27,48 +26,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from tqdm import tqdm
 
+from before_after import finish_benchmark, tested_pairs
 from config import MINUTES, NEEDS, PRESETS, STAGES, Common, parse
-from data import PairSet, UserError, picture_grid, read_pairs, read_prompts
-from eval_paircomp import benchmark, benchmark_pairs, category_means, divergence_auc, format_before_after, read_benchmark
+from data import PairSet, UserError, read_prompts
+from eval_paircomp import benchmark, benchmark_pairs
 from janus import import_janus, load_janus
 from judges import JudgeError, open_judges, submit
-from loop import Loop, adamw, append_log, autocast, bf16, muon_and_adamw, read_log, step_random
+from loop import (Loop, adamw, append_log, autocast, bf16, encode_pairs, muon_and_adamw, save_picture, show, step_random, tokens_of, training_pairs,
+                  training_texts)
 from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, prompt_divergence, score, usual_guidance
-from pairworld import ATTRIBUTES, TextTokens, difference_mask, pairworld, read_scene, shown_in
+from pairworld import ATTRIBUTES, TextTokens, pairworld, read_scene, shown_in
 from plots import draw_curves
-from ppo import (ORIGINS, SAMPLED, choice_reward, difference_weights, ground_truth_probability, group_advantages, mix_ground_truth, pair_reward,
-                 ppo_loss, spread_difference)
+from ppo import (ORIGINS, SAMPLED, choice_reward, difference_weights, ground_truth_probability, mix_ground_truth, pair_reward, ppo_loss,
+                 spread_difference, token_advantages)
 from reward import Judge, JudgeConfig, NetworkJudge, OracleJudge, judge_loss, judge_report
 from runs import generate_images, load_judges, load_policy, save_judges
 from tokenizer import (VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels, kmeans_codes, load_module, save_weights,
                        update_codebook, vq_loss, write_atomically)
-
-
-def training_pairs(cfg, image_size, bare=False):
-    """bare: pairs without pictures come too."""
-    if not cfg.data:
-        return pairworld(cfg.n_pairs, "train", cfg.seed, cfg.extra)
-    pairs = read_pairs(cfg.data, image_size)
-    return pairs if bare else pairs.with_images()
-
-
-def save_picture(cfg, name, images, labels=None, columns=8, scale=3):
-    folder = Path(cfg.out) / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    picture_grid(images, labels, columns, max(1, scale * 32 // images.shape[1])).save(folder / name)
-
-
-def training_texts(pairs, n_text, text=TextTokens()):
-    """Every prompt of a set, two a pair; one that is too long is told now and not in the middle of a run."""
-    texts = pairs.texts()
-    text.prompts(texts, n_text)
-    return texts
-
-
-def tokens_of(prompts, n_text, device, text=TextTokens(), dropped=None):
-    return torch.from_numpy(text.prompts(prompts, n_text, dropped)).to(device)
 
 
 def stored_as(tensors, dtypes):
@@ -122,19 +97,8 @@ def draw(pairs, rng, n):
     return rearrange(pairs.load(rng.integers(len(pairs), size=max(1, n // 2))), "p i h w c -> (p i) h w c")
 
 
-def show(report):
-    return ", ".join(f"{k} ({show(v)})" if isinstance(v, dict) else f"{k} {v:.3f}" for k, v in report.items())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 2
-
-def encode_pairs(vq, pairs, device):
-    """Every picture of a set as tokens, once: (P, 2, N) int64 on the CPU."""
-    chunks = np.array_split(np.arange(len(pairs)), -(-len(pairs) // 256))
-    ids = [encode_images(vq, pairs.load(c).reshape(-1, vq.cfg.image_size, vq.cfg.image_size, 3), device).cpu() for c in tqdm(chunks, "encoding", leave=False)]
-    return rearrange(torch.cat(ids), "(p i) n -> p i n", i=2)
-
 
 def train_pretrain(cfg, resume):
     device = pick_device(cfg.device)
@@ -243,7 +207,7 @@ def train_ppo(cfg, resume):
     cfg, judges = judges_of(cfg, device)
     pairs = training_pairs(cfg, vq.cfg.image_size, bare=cfg.mine == 1)      # `told_apart` looks at every pair's pictures
     lone = read_prompts(cfg.prompts) if cfg.prompts else None
-    test, quick_test = (test_pairs(cfg, n) for n in (cfg.eval_pairs, cfg.quick_pairs))
+    test, quick_test = (tested_pairs(cfg, n) for n in (cfg.eval_pairs, cfg.quick_pairs))
     for told in filter(None, (pairs, lone, test)):
         training_texts(told, policy.cfg.n_text, policy.text)
         if not cfg.judge:
@@ -310,22 +274,12 @@ def train_ppo(cfg, resume):
                 twin = torch.where(torch.tensor([a == b for a, b in prompts], device=device)[:, None, None], 0.0, twin)
             rewards = pair_reward(own, twin, cfg.reward)                                                # (P, 2, G)
 
-            # Advantages of pictures, then of their tokens
-            counted = None if cfg.truth_counted else origin == SAMPLED
-            token_advantages = repeat(group_advantages(rewards, cfg.advantage, cfg.std_floor, counted), "p i g -> p i g n", n=tokens.shape[-1])
             weights = 1.0
             if cfg.difference:
                 with autocast(cfg, device):
                     divergence = difference_of(cfg, policy, empty, ids, tokens, pictures, prompts, generator)
                 weights = difference_weights(divergence, cfg.difference, cfg.difference_cap).view_as(old_logprobs)
-            if cfg.difference_on == "truth":
-                weights = torch.where((origin == SAMPLED)[..., None], 1.0, weights)
-            if cfg.choice:
-                choice = cfg.choice * group_advantages(choice_reward(own, twin), cfg.advantage, cfg.std_floor, counted)[..., None]
-                token_advantages = token_advantages + weights * choice if cfg.difference_on == "choice" else weights * (token_advantages + choice)
-            else:
-                token_advantages = weights * token_advantages
-            token_advantages = torch.where((origin == SAMPLED)[..., None], token_advantages, token_advantages.clamp(min=cfg.truth_floor))
+            advantages = token_advantages(rewards, choice_reward(own, twin), origin, weights, cfg).expand_as(old_logprobs)
 
         def loss_of(rows):
             """The loss over some of the rollout's sequences, rows of the flattened (P, 2, G)."""
@@ -333,7 +287,7 @@ def train_ppo(cfg, resume):
             with autocast(cfg, device):
                 newlogprobs, entropy = score(policy, at(ids), at(tokens), empty, **pi)
             shaped, held = at(origin) != SAMPLED if cfg.truth_shape else None, None if cfg.truth_kl else at(origin) == SAMPLED
-            return *ppo_loss(newlogprobs, at(old_logprobs), at(ref_logprobs), at(token_advantages), cfg.clip, cfg.beta, shaped, cfg.truth_shape, held), entropy
+            return *ppo_loss(newlogprobs, at(old_logprobs), at(ref_logprobs), at(advantages), cfg.clip, cfg.beta, shaped, cfg.truth_shape, held), entropy
 
         if use_truth.any() and step % cfg.eval_every == 0:
             extra["grad_norm_of"] = gradient_norms(policy, lambda rows: loss_of(rows)[0], origin.flatten())
@@ -367,15 +321,6 @@ def train_ppo(cfg, resume):
     save_weights(out / "ppo.safetensors", stored_as(policy.state_dict(), dtypes), config=asdict(policy.cfg))
     loop.finish()
     print(f"curves: {draw_curves(out)}")
-
-
-def test_pairs(cfg, n):
-    """What PPO is tested on, n pairs a category: PairWorld's held-out ones, the first of --test, or None with --data alone."""
-    if not cfg.test:
-        return None if cfg.data else benchmark_pairs(n)
-    prompts, categories = read_benchmark(cfg.test)
-    rows = [row for category in dict.fromkeys(categories) for row in np.flatnonzero(np.array(categories) == category)[:n]]
-    return PairSet([prompts[row] for row in rows], [None] * len(rows), [categories[row] for row in rows])
 
 
 @torch.no_grad()
@@ -431,49 +376,6 @@ def gradient_norms(policy, loss_of, origin):
             gradients = torch.autograd.grad(loss_of(rows) * len(rows) / len(origin), list(policy.parameters()))
             norms[name] = torch.stack([g.norm() for g in gradients]).norm().item()
     return norms
-
-
-def finish_benchmark(cfg, policy, reference, vq, judges, test, before):
-    """Before/after: the table, paircomp.json and the picture; of PairWorld also how well D_t finds the true difference and where the policy
-    changed."""
-    (base, base_images), (ppo, ppo_images) = before, benchmark(policy, vq, judges, test, cfg, pairworld=not cfg.test)
-    if not cfg.test:
-        for report, model in ((base, reference), (ppo, policy)):
-            report["divergence_auc"], report["spread_auc"], _ = true_difference(vq, test, model, model, twins=True)
-        *_, ppo["change"] = true_difference(vq, test, policy, reference, twins=False)
-    curve = [{"step": e["step"], **e["test"], **{k: e[k] for k in ("grad_norm_of", "kl_of") if k in e}} for e in read_log(cfg) if "test" in e]
-    write_atomically(Path(cfg.out) / "paircomp.json", json.dumps({"base": base, "ppo": ppo, "curve": curve, "config": asdict(cfg)}).encode())
-    picks = [test.categories.index(category) for category in dict.fromkeys(test.categories)]           # the first of each category, not the best
-    shown = {"base": base_images[picks, :, 0], "ppo": ppo_images[picks, :, 0]}                          # (picks, 2, H, W, 3)
-    if not cfg.test:
-        shown = {"asked": test.images[picks]} | shown
-    rows = np.stack(list(shown.values()), 1)                                                            # (picks, 2 or 3, 2, H, W, 3)
-    labels = [f"{who}: {text}" for pick in picks for who in shown for text in test.prompts[pick]]
-    save_picture(cfg, "before_after.png", rows.reshape(-1, *rows.shape[3:]), labels, columns=2 * len(shown), scale=5)
-    print(format_before_after(base, ppo))
-    if not cfg.test:
-        print("AUC of D_t against the true difference, and of D_t spread over its neighbours:",
-              *(f"\n  {who:4} {kind:10} {show(r[kind + '_auc'])}" for who, r in (("base", base), ("ppo", ppo)) for kind in ("divergence", "spread")))
-        print("change of the policy, nats a token:", *(f"\n  {where:7} {show(ppo['change'][where])}" for where in ("inside", "outside")))
-    print(f"pictures: {Path(cfg.out) / 'samples' / 'before_after.png'}")
-
-
-@torch.no_grad()
-def true_difference(vq, pairs, model, other, twins):
-    """Where do model and `other` disagree, on the pairs' true pictures? With `twins` the other is shown the twin's prompt.
-
-    JS of the two, a token at a time, against the true difference -> ({category: AUC}, {category: AUC of spread_difference}, {"inside":
-    {category: mean JS of the tokens that differ}, "outside": the same of those that do not}). One model and twins: D_t; two models and the same prompt: what PPO changed."""
-    device = next(model.parameters()).device
-    tokens = encode_pairs(vq, pairs, device).flatten(0, 1).to(device)                                   # (2P, N)
-    ids = tokens_of(pairs.texts(), model.cfg.n_text, device)
-    others = rearrange(ids, "(p i) t -> p i t", i=2).flip(1).flatten(0, 1) if twins else ids
-    divergence = prompt_divergence(model, ids, others, tokens, other=other).cpu()                       # (2P, N)
-    spread, divergence = spread_difference(divergence, vq.cfg.grid, 1), divergence.numpy()
-    mask = difference_mask(pairs.load(np.arange(len(pairs))), vq.cfg.grid).reshape(len(pairs), -1).repeat(2, 0)
-    categories = np.repeat(pairs.categories, 2)
-    means = {where: category_means((divergence * m).sum(1) / m.sum(1), categories) for where, m in (("inside", mask), ("outside", ~mask))}
-    return *(category_means(divergence_auc(d, mask), categories) for d in (divergence, spread)), means
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -472,7 +472,7 @@ def test_a_rollout_is_judged_while_the_next_part_is_drawn(base, tmp_path, monkey
     monkeypatch.setattr(train, "generate", generate)
     monkeypatch.setattr(train, "draw_curves", lambda out: out)
     before = len(seen(url)["requests"])
-    monkeypatch.setattr(train, "benchmark_pairs", lambda n: None)                                       # no table: the rollout's requests alone
+    monkeypatch.setattr(train, "tested_pairs", lambda cfg, n: None)                                       # no table: the rollout's requests alone
     train.main([*TINY, "--steps", "1", "--base", str(base), "--judge", url, "--out", str(tmp_path / "run")])
     assert len(drawn) == 4 and 2 * 3 <= len(seen(url)["requests"]) - before <= 4 * 2 * 3                 # a picture and prompt is asked once
 

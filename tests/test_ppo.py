@@ -1,10 +1,12 @@
 """ppo.py against slow loops, hand-worked cases and exact expectations."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import ppo
+from config import PPO
 
 torch.manual_seed(0)
 
@@ -318,3 +320,22 @@ def test_a_spread_weight_depends_on_the_prefix_alone():
     divergence, n = torch.rand(1, 64), 27
     later = torch.cat([divergence[:, :n + 1], torch.rand(1, 63 - n)], 1)
     assert ppo.spread_difference(later, 8, 2)[:, :n + 1].equal(ppo.spread_difference(divergence, 8, 2)[:, :n + 1])
+
+
+def test_token_advantages_by_hand():
+    """What weights, the choice's advantage and the floor of ground truth act on."""
+    rewards, choice = torch.tensor([[[0.9, 0.1, 0.5], [0.2, 0.6, 0.4]]]), torch.tensor([[[0.7, 0.3, 0.5], [0.5, 0.6, 0.2]]])
+    origin = torch.tensor([[[ppo.OWN_TRUTH, ppo.TWIN_TRUTH, ppo.SAMPLED], [ppo.SAMPLED] * 3]])
+    weights = torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    cfg = PPO(choice=0.0)
+    told = lambda weights, **changes: ppo.token_advantages(rewards, choice, origin, weights, replace(cfg, **changes))
+    a = ppo.group_advantages(rewards, "pair", cfg.std_floor)[..., None]
+    c = ppo.group_advantages(choice, "pair", cfg.std_floor)[..., None]
+    assert told(1.0).equal(a) and told(weights).equal(weights * a)
+    torch.testing.assert_close(told(weights, choice=2.0), weights * (a + 2 * c))
+    torch.testing.assert_close(told(weights, choice=2.0, difference_on="choice"), a + weights * 2 * c)
+    sampled = (origin == ppo.SAMPLED)[..., None]
+    assert told(weights, difference_on="truth").equal(torch.where(sampled, 1.0, weights) * a)
+    floored = told(1.0, truth_floor=0.0)
+    assert floored[0, 0, 1] == 0 and a[0, 0, 1] < 0 and floored[sampled].equal(a[sampled])
+    assert told(1.0, truth_counted=False).equal(ppo.group_advantages(rewards, "pair", cfg.std_floor, origin == ppo.SAMPLED)[..., None])
