@@ -163,6 +163,8 @@ def build(path, out, score, describe, judge, size=384, high=0.7, low=0.3, worker
     except OSError as e:
         raise UserError(f"{out}: cannot be made a folder ({e.strerror})") from e
     file = out / "decisions.jsonl"
+    if (out / "pairs.json").exists() and not file.exists():
+        raise UserError(f"{out}: holds a pairs.json that was not built here; give another --out")
     rows = {key: decide(row, high, low) for key, row in read_decisions(file, judge, size).items()}
     write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
     todo = [edit for key, edit in edits.items() if key not in rows]
@@ -176,7 +178,7 @@ def build(path, out, score, describe, judge, size=384, high=0.7, low=0.3, worker
                     decisions.write(json.dumps(row) + "\n")
                     bar.update()
             except UserError as e:
-                raise UserError(f"{e}; {len(rows)} decisions are kept in {file}, the same command goes on from there") from e
+                raise UserError(f"{e}; {len(rows)} decisions are kept in {file}; mend it, and the same command goes on from there") from e
             decisions.flush()
             os.fsync(decisions.fileno())
     mine = [(edit, rows[key]) for key, edit in edits.items()]
@@ -206,8 +208,8 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=384, help="pixels of the training pictures, as which they are judged (384)")
     parser.add_argument("--workers", type=int, default=16, help="edits asked about at once (16)")
     args = parser.parse_args(argv)
-    if not 0 <= args.low <= 1 or not 0 <= args.high <= 1 or args.size < 1 or args.workers < 1:
-        raise UserError(f"--high {args.high} --low {args.low}: should be in 0..1; --size {args.size} --workers {args.workers}: should be positive")
+    if not 0 <= args.low <= args.high <= 1 or args.size < 1 or args.workers < 1:
+        raise UserError(f"--high {args.high} --low {args.low}: should be in 0..1 and the low one not above the high one; --size {args.size} --workers {args.workers}: should be positive")
     judges = open_judges(args.judge, workers=args.workers)
     writer = ServerJudge(args.captions, workers=args.workers) if args.captions else judges.judges[0]
     if not isinstance(writer, ServerJudge):

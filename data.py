@@ -82,6 +82,8 @@ def load_image(path, size):
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:       # what Pillow raises for a broken file
         raise UserError(f"{path}: cannot be read as an image ({str(e).splitlines()[0]}); replace the file or drop its pair") from e
     if size is not None and image.size != (size, size):
@@ -100,6 +102,8 @@ def read_json(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file ({what})") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, should be a JSON file ({what})") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read ({e})") from e
     except json.JSONDecodeError as e:

@@ -242,8 +242,8 @@ def run_benchmark(args):
     """Pictures of a policy for the PairWorld benchmark, judged: prints the table, writes RUN/paircomp_POLICY.json."""
     device, pairs = pick_device(args.device), benchmark_pairs(args.n)
     vq, model = load_policy(args.run, args.policy, device)
-    if vq.cfg.image_size != IMAGE_SIZE:
-        raise UserError(f"{args.run}: draws pictures of {vq.cfg.image_size} pixels, PairWorld's have {IMAGE_SIZE}; use --generate, --score and --summarize")
+    if vq.cfg.image_size != IMAGE_SIZE or model.text.empty is None:
+        raise UserError(f"{args.run}: is no model of PairWorld, whose benchmark this is; use --generate, --score and --summarize")
     if args.judge == [OWN_JUDGE]:
         if not (Path(args.run) / "reward.safetensors").exists():
             raise UserError(f"{args.run}: has no judges of its own (it was trained with --judge); say who judges: --judge URL or transformers:DIR")
@@ -384,6 +384,8 @@ def main(argv=None):
         parser.error(f"--judge {judges[0]}: the PairWorld benchmark asks the run's own judges and the oracle anyway; name one elsewhere, or none")
     lacking, alien = [n for n in needs if n not in given], sorted(given - {*needs, *options})
     if lacking or alien:
+        if mode == "score" and lacking == ["run"]:
+            parser.error("--score needs --judge URL or transformers:DIR, or --run, whose judge scores then")
         parser.error(f"{'the PairWorld benchmark' if mode == 'benchmark' else '--' + mode} "
                      + (f"needs --{' and --'.join(lacking)}" if lacking else f"has no use for --{' or --'.join(alien)}"))
     for name, default in options.items():

@@ -66,7 +66,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 class JanusText:
     """Janus' prompts, by the checkpoint's own tokenizer.json. The same interface as pairworld.TextTokens.
 
-    Template of the official code (generation_inference.py, conversation "deepseek", no system prompt):
+    Template of the official code for Janus-Pro (README, demo/app_januspro.py; conversation "deepseek", no system prompt):
     BOS <|User|>: {text}\\n\\n<|Assistant|>:<begin_of_image>, without a blank before or after the text."""
     empty = None                        # each prompt has an empty prompt of its own length, see model.padded_empty
 
@@ -457,8 +457,10 @@ def main(argv=None):
     else:
         vq, model = load_janus(args.check, pick_device(args.device))
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, vq)]
-        print(f"{args.check}: policy of {sizes[0] / 1e9:.3f} billion parameters in {model.embed_tokens.weight.dtype}, "
-              f"tokenizer of {sizes[1] / 1e6:.1f} million", model.cfg, vq.cfg, sep="\n")
+        layout = layout_of(shapes_of(weight_files(args.check)), args.check)
+        print(f"{args.check}: policy of {sizes[0] / 1e6:,.1f} million parameters in {model.embed_tokens.weight.dtype}, "
+              f"tokenizer of {sizes[1] / 1e6:.1f} million", model.cfg, vq.cfg,
+              f"whole, in the layout {layout}; left out if it is there: {', '.join(LAYOUTS[layout]['left_out'])}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -159,29 +159,31 @@ class ServerJudge:
         self.key, self.question, self.failed = os.environ.get(variable, ""), question, None
         if not self.key.isprintable() or not self.key.isascii():
             raise UserError(f"{variable}: holds characters that no HTTP header can carry; set it again, without a line break")
-        again = urllib3.Retry(retries, allowed_methods=None, status_forcelist=PASSING, backoff_factor=0.5, backoff_max=30, backoff_jitter=0.5,
-                              retry_after_max=120, raise_on_status=False)
-        self.http = urllib3.PoolManager(maxsize=workers, block=True, retries=again,
+        self.again = urllib3.Retry(retries, allowed_methods=None, status_forcelist=PASSING, backoff_factor=0.5, backoff_max=30, backoff_jitter=0.5,
+                                   retry_after_max=120, raise_on_status=False)
+        self.http = urllib3.PoolManager(maxsize=workers, block=True, retries=self.again,
                                         timeout=urllib3.Timeout(connect=min(10.0, timeout), read=timeout))
         self.errors = urllib3.exceptions.HTTPError
         self.workers = ThreadPoolExecutor(workers, thread_name_prefix="judge")
         self.model = model or self.only_model()
         self.name, self.who = f"{self.url}#{self.model}", self.model            # who it is does not depend on where it is
 
-    def request(self, method, path, body=None):
+    def request(self, method, path, body=None, retries=None):
         """-> the answer's JSON. JudgeError says what is wrong, for a reader who can mend it."""
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers, again = {"Authorization": f"Bearer {self.key}"} if self.key else {}, self.again if retries is None else self.again.new(total=retries)
         try:
-            response = self.http.request(method, self.url + path, json=body, headers=headers, redirect=False)
+            response = self.http.request(method, self.url + path, json=body, headers=headers, redirect=False, retries=again)
         except self.errors as e:
             reason = getattr(e, "reason", None) or e
-            raise JudgeError(f"{self.url}: the judge is gone ({self.safe(reason)}, and again after every wait); see that it runs") from e
+            raise JudgeError(f"{self.url}: the judge is gone ({self.safe(reason)}; asked {again.total + 1} times); see that it runs") from e
         if response.status in (401, 403):
             raise JudgeError(f"{self.url}: the judge {'refuses the key' if self.key else 'wants a key'} (status {response.status}); set the environment "
                              f"variable JUDGE_API_KEY, or {self.own_variable} for this server alone")
         said = response.data.decode(errors="replace")
+        if response.status != 200:
+            said = message_of(said)
         if response.status in PASSING:                  # of some a server never thinks better: vLLM says 500 to a picture that is too large
-            raise JudgeError(f"{self.url}{path}: the judge is gone, or cannot do this: status {response.status}, and again after every wait: {self.safe(said)}")
+            raise JudgeError(f"{self.url}{path}: the judge is gone, or cannot do this: status {response.status}, asked {again.total + 1} times: {self.safe(said)}")
         if response.status != 200:
             raise JudgeError(f"{self.url}{path}: status {response.status}: {self.safe(said)}")
         try:
@@ -195,7 +197,7 @@ class ServerJudge:
         return (text.replace(self.key, "(key)") if self.key else text)[:most]
 
     def only_model(self):
-        answer = self.request("GET", "/models")
+        answer = self.request("GET", "/models", retries=min(3, self.again.total))           # who opens a judge need not wait long
         try:
             names = [str(entry["id"]) for entry in answer["data"]]
         except (KeyError, TypeError) as e:
@@ -244,6 +246,14 @@ class ServerJudge:
 
     def score(self, images, prompts):
         return self.submit(images, prompts)()
+
+
+def message_of(body):
+    """What is told in an error's body, in OpenAI's schema or not."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body
 
 
 def asked(question, prompt):

@@ -49,5 +49,5 @@ def format_leaderboard(summary, name, n_pairs):
     notes = [f"-> {n_pairs} pairs, your judge. Others: table 1 of arXiv 2506.05501, scored by InternVL2.5-26B; compare only with that judge."]
     if lacking or n_pairs != 550:
         without = ", here without " + ", ".join(lacking) if lacking else ""
-        notes.append(f"-> is not comparable: the released benchmark has 550 pairs in six categories{without}.")
+        notes.append(f"-> This row is not comparable: the released benchmark has 550 pairs in six categories{without}.")
     return "\n".join(lines + notes)

@@ -435,11 +435,17 @@ def main(argv=None):
         raise UserError(f"--out {out}: cannot be made ({e.strerror})") from e
     if (out / f"{stage}.safetensors").exists() and not (out / f"{stage}.state").exists():
         raise UserError(f"{out / stage}.safetensors is there already; choose another --out, or delete it to train {stage} again")
+    if stage == "ppo" and not (out / "ppo.state").exists():              # a judge that is not there is told before anything is made
+        open_judges([spec for spec in [*cfg.judge, cfg.heldout_judge] if spec and not spec.startswith("transformers:")], retries=cfg.judge_retries)
     if stage == "ppo" and cfg.base:
         copy_base(Path(cfg.base), out, needed(stage, cfg))
+    if preset == "janus" and "reward" in needed(stage, cfg) and not (out / "reward.safetensors").exists():
+        raise UserError("--janus: say who judges, --judge URL or transformers:DIR (PairWorld's small judges can be trained first, by --stage reward)")
     if cfg.janus:                                       # tokenizer and base model come with the checkpoint
         import_janus(cfg.janus, out, policy=stage == "ppo")
     missing = [s for s in needed(stage, cfg) if not (out / f"{s}.safetensors").exists()]
+    if preset == "janus" and "tokenizer" in missing:
+        raise UserError("--preset janus: give --janus DIR, a Janus checkpoint")
     if missing and preset == "tiny":
         print(f"{', '.join(missing)}: missing in {out}, trained first. About {sum(MINUTES[s] for s in [*missing, stage]):g} minutes in all on two CPU cores.")
     elif missing:

@@ -213,7 +213,7 @@ def test_scores_are_read_whatever_their_order(tmp_path):
     (["--generate", "--score"], "--generate and --score was chosen"),
     (["--score", "--summarize", "x.json"], "choose one of"),
     (["--summarize", "x.json"], "--summarize needs --prompts"), (["--generate", "--run", "x"], "needs --prompts and --images"),
-    (["--score", "--images", "x", "--prompts", "y", "--out", "z"], "--score needs --run"),
+    (["--score", "--images", "x", "--prompts", "y", "--out", "z"], "--score needs --judge URL or transformers:DIR, or --run"),
     (["--run", "x", "--judge", "train"], "asks the run's own judges and the oracle anyway"),
     (["--summarize", "x.json", "--prompts", "y", "--seed", "0"], "no use for --seed"),
     (["--run", "x", "--n", "0"], "--n 0"), (["--run", "x", "--seed", "-1"], "--seed -1"),

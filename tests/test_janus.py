@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -677,6 +678,23 @@ def test_what_a_janus_run_refuses(folders, tmp_path, args, says):
         train.main([*args, "--janus", str(folders["transformers"]), "--out", str(tmp_path / "run")])
 
 
+def test_a_janus_run_wants_a_judge_and_leaves_nothing_behind(folders, pairs, tmp_path):
+    """Without --judge it once began to train PairWorld's small judges; with one that is not there it left a base model, which the next command
+    took for a trained one."""
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="say who judges, --judge URL"):
+        train.main(["--stage", "ppo", "--janus", str(folders["transformers"]), "--data", pairs, "--out", str(run)])
+    with pytest.raises(UserError, match="say who judges|give --janus DIR"):
+        train.main(["--stage", "ppo", "--preset", "janus", "--data", pairs, "--out", str(tmp_path / "other")])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(UserError, match="the judge is gone .*asked 1 times"):
+        train.main(["--stage", "ppo", "--janus", str(folders["transformers"]), "--data", pairs, "--judge", nobody, "--judge-retries", "0", "--out",
+                    str(tmp_path / "third")])
+    assert not list((tmp_path / "third").iterdir())
+
+
 def test_a_run_folder_of_another_tokenizer_is_refused(folders, pairs, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer.safetensors").write_bytes(b"x")
@@ -706,4 +724,5 @@ def test_the_janus_preset_comes_with_the_flag(folders, pairs):
 
 def test_check_says_what_a_folder_holds(folders, capsys):
     janus.main(["--check", str(folders["official bin"]), "--device", "cpu"])
-    assert "n_layer=2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "n_layer=2" in out and "whole, in the layout official; left out if it is there: vision_model., aligner." in out

@@ -1,6 +1,6 @@
 """A random LLaVA of a few thousand parameters in a folder, as transformers saves one: for tests of what loads and asks such a model.
 
-    python tests/tiny_vlm.py DIR        # one that vLLM serves too: vllm serve DIR --dtype float32 --max-model-len 512 --enforce-eager
+    python tests/tiny_vlm.py DIR        # one that vLLM serves too: vllm serve DIR --dtype float32 --max-model-len 2048 --enforce-eager
 """
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def make_tiny_vlm(folder, seed=0, width=16):
         vision_config=dict(model_type="clip_vision_model", hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
                            image_size=16, patch_size=8),
         text_config=dict(model_type="llama", vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, **ids),
+                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=2048, **ids),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_select_strategy="full", vision_feature_layer=-1))
     for p in model.parameters():                                        # so that pictures and prompts move the answer visibly
         p.data.mul_(320 / width if p.dim() > 1 else 1)
