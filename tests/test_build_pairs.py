@@ -126,7 +126,7 @@ def test_nothing_is_asked_twice_whatever_stopped_the_run(tmp_path):
     path, whole, who = write_edits(tmp_path), tmp_path / "whole", Colours()
     build(path, whole, who)
     out, broken = tmp_path / "out", Colours(fails=2 * 4)                # gone at the third pair that comes to be scored
-    with pytest.raises(UserError, match=r"the judge is gone; 5 decisions are kept in .*decisions.jsonl, and the same command goes on"):
+    with pytest.raises(UserError, match=r"the judge is gone; 5 decisions are kept in .*decisions.jsonl; mend it, and the same command goes on"):
         build(path, out, broken)
     assert len(decisions(out)) == 5 and not (out / "pairs.json").exists()
     with open(out / "decisions.jsonl", "a") as file:                    # and killed while it wrote a line
