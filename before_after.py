@@ -28,10 +28,15 @@ def tested_pairs(cfg, n):
     return PairSet([prompts[row] for row in rows], [None] * len(rows), [categories[row] for row in rows])
 
 
+def tested(model, vq, judges, pairs, cfg):
+    """`benchmark` of a policy, with no more pictures at once than a rollout draws where that is bounded."""
+    return benchmark(model, vq, judges, pairs, cfg, 2 * cfg.rollout_pairs * cfg.samples or 64, pairworld=not cfg.test)
+
+
 def finish_benchmark(cfg, policy, reference, vq, judges, test, before):
     """Before/after: the table, paircomp.json and the picture; of PairWorld also how well D_t finds the true difference and where the policy
     changed."""
-    (base, base_images), (ppo, ppo_images) = before, benchmark(policy, vq, judges, test, cfg, pairworld=not cfg.test)
+    (base, base_images), (ppo, ppo_images) = before, tested(policy, vq, judges, test, cfg)
     if not cfg.test:
         for report, model in ((base, reference), (ppo, policy)):
             report["divergence_auc"], report["spread_auc"], _ = true_difference(vq, test, model, model, twins=True)

@@ -90,7 +90,7 @@ class ImageModel(nn.Module):
 
     def __init__(self, cfg, text=None):
         super().__init__()
-        self.cfg, self.text, self.recompute = cfg, text or TextTokens(), False
+        self.cfg, self.text, self.recompute, self.bf16 = cfg, text or TextTokens(), False, False
         c = cfg.n_embd
         self.embed_tokens = nn.Embedding(cfg.text_vocab, c)
         self.gen_embed = nn.Embedding(cfg.image_vocab, cfg.code_dim)
@@ -152,9 +152,10 @@ def rotate(x, rope):
 
 
 def stored_autocast(model):
-    """bf16 compute for a model whose weights are stored in bf16, and nothing for one in fp32: use around sampling and scoring."""
+    """bf16 compute for a model whose weights are stored in bf16 or that asks for it, and nothing for another: use around sampling and
+    scoring."""
     weight = model.embed_tokens.weight
-    return torch.autocast(weight.device.type, torch.bfloat16) if weight.dtype != torch.float32 else nullcontext()
+    return torch.autocast(weight.device.type, torch.bfloat16) if weight.dtype != torch.float32 or model.bf16 else nullcontext()
 
 
 def real_tokens(prompts, pad):

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 
-from before_after import finish_benchmark, tested_pairs
+from before_after import finish_benchmark, tested, tested_pairs
 from config import MINUTES, NEEDS, PRESETS, STAGES, Common, parse
 from data import PairSet, UserError, read_prompts
-from eval_paircomp import benchmark, benchmark_pairs
+from eval_paircomp import benchmark_pairs
 from janus import import_janus, load_janus
 from judges import JudgeError, open_judges, submit
 from loop import (Loop, adamw, append_log, autocast, bf16, encode_pairs, muon_and_adamw, save_picture, show, step_random, tokens_of, training_pairs,
@@ -139,7 +139,8 @@ def train_pretrain(cfg, resume):
         loop.log(step, ("loss",), loss=loss, entropy=entropy, grad_norm=norm)
     test = benchmark_pairs(4) if not cfg.data else pairs
     prompts = test.texts()[:32]
-    images = generate_images(model.eval(), vq, prompts, 1, usual_guidance(model), 1.0, cfg.seed)[:, 0]
+    model.bf16, at_once = bf16(cfg, device), min(64, 2 * -(-cfg.batch // cfg.accumulate))               # sampling needs less than training did
+    images = generate_images(model.eval(), vq, prompts, 1, usual_guidance(model), 1.0, cfg.seed, at_once)[:, 0]
     save_picture(cfg, "pretrain.png", images, prompts, scale=5)
     save_weights(Path(cfg.out) / "pretrain.safetensors", stored_as(model.state_dict(), dtypes), config=asdict(model.cfg))
     loop.finish()
@@ -200,6 +201,7 @@ def train_ppo(cfg, resume):
     device, out = pick_device(cfg.device), Path(cfg.out)
     vq, policy = load_policy(out, "pretrain", device)
     policy.float().recompute = cfg.recompute            # fp32 master weights; the reference stays as it is stored
+    policy.bf16 = bf16(cfg, device)
     reference = load_policy(out, "pretrain", device)[1].requires_grad_(False)
     dtypes = {k: v.dtype for k, v in reference.state_dict().items()}
     if not bf16(cfg, device):
@@ -217,11 +219,11 @@ def train_ppo(cfg, resume):
     together = cfg.rollout_pairs or (-(-cfg.pairs // 4) if cfg.judge and judges["train"].remote else cfg.pairs)
     empty, pi = empty_ids(policy), dict(guidance=cfg.guidance, temperature=cfg.temperature)
     loop = Loop("ppo", cfg, resume, {"model": policy}, [adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)])
-    before = None if test is None else benchmark(reference, vq, judges, test, cfg, pairworld=not cfg.test)
+    before = None if test is None else tested(reference, vq, judges, test, cfg)
     for step in loop:
         extra = {}
         if test is not None and step % cfg.eval_every == 0:                                             # at step 0: the base model
-            quick = loop.guarded(step, lambda: benchmark(policy, vq, judges, quick_test, cfg, pairworld=not cfg.test)[0])
+            quick = loop.guarded(step, lambda: tested(policy, vq, judges, quick_test, cfg)[0])
             extra["test"] = {name: quick[name]["average"] for name in (*judges, "pair_accuracy") if name in quick}
 
         # The step's prompts, and which of them are shown ground truth

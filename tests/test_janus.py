@@ -657,6 +657,9 @@ def test_an_fp32_policy_and_its_bf16_reference_agree_to_the_bit(tmp_path):
         assert m.generate(reference, ids, None, 1, 5.0, generator=torch.Generator().manual_seed(0))[0].shape == (3, 64)
     with m.stored_autocast(policy):
         assert not torch.is_autocast_enabled("cpu")
+    policy.bf16 = True                                  # as PPO sets it: it is tested as it is sampled, and not in fp32 at twice the memory
+    with m.stored_autocast(policy):
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_bf16_weights_leave_training_as_they_came(pairs, tmp_path, monkeypatch):
