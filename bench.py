@@ -13,12 +13,12 @@ import time
 import numpy as np
 import torch
 
+from config import PPO, Pretrain, Reward, Tokenizer
 from data import UserError
 from model import ImageModel, ModelConfig, generate, pick_device, score
 from pairworld import TextTokens, pairworld
-from reward import JudgeConfig, NetworkJudge, Judge
+from reward import Judge, JudgeConfig, NetworkJudge
 from tokenizer import VQConfig, VQModel, decode_ids, encode_images
-from config import PPO, Pretrain, Reward, Tokenizer
 
 
 def median_seconds(function, device, rounds):
