@@ -63,8 +63,8 @@ def true_difference(vq, pairs, model, other, twins):
     """Where do model and `other` disagree, on the pairs' true pictures? With `twins` the other is shown the twin's prompt.
 
     JS of the two, a token at a time, against the true difference -> ({category: AUC}, {category: AUC of spread_difference}, {"inside":
-    {category: mean JS of the tokens that differ}, "outside": the same of
-    those that do not}). One model and twins: D_t; two models and the same prompt: what PPO changed."""
+    {category: mean JS of the tokens that differ}, "outside": the same of those that do not}). One model and twins: D_t; two models and the
+    same prompt: what PPO changed."""
     device = next(model.parameters()).device
     tokens = encode_pairs(vq, pairs, device).flatten(0, 1).to(device)                                   # (2P, N)
     ids = tokens_of(pairs.texts(), model.cfg.n_text, device)

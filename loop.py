@@ -247,7 +247,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - self.momentum)
                 update = orthogonal(p.grad.lerp(momentum, self.momentum), self.dtype)                   # Nesterov's look ahead
                 p.mul_(1 - group["lr"] * group["weight_decay"])

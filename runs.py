@@ -18,7 +18,7 @@ from data import UserError, read_json, some
 from janus import load_janus, load_text
 from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, stored_autocast, usual_guidance
 from reward import Judge, JudgeConfig, NetworkJudge, OracleJudge
-from tokenizer import (VQConfig, VQModel, decode_ids, load_module, load_strictly, load_weights, save_weights, tensor_bytes, write_atomically)
+from tokenizer import VQConfig, VQModel, decode_ids, load_module, load_strictly, load_weights, save_weights, tensor_bytes, write_atomically
 
 
 def write_json(path, value):
