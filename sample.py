@@ -1,18 +1,14 @@
-"""Prompts -> a picture of pictures, or the folder that another benchmark's evaluator reads.
+"""Images of a policy for your prompts.
 
-    python sample.py --run runs/tiny --prompt "three red circles left of a blue square" --n 8 --out picture.png
-    python sample.py --run runs/tiny --prompt "three red circles" --prompt "two red circles"     # a pair, with the map of D_t
+    python sample.py --run runs/tiny --prompt "three red circles left of a blue square" --out a.png
+    python sample.py --run runs/tiny --prompt "three red circles" --prompt "two red circles"
 
-Given two prompts it shows each sample of the one beside a sample of the other, and between them two maps over the tokens of the
-left sample: where the model thinks that the prompts differ, D_t = JS( pi(.|o_<t, T1), pi(.|o_<t, T2) ), and, if the run has both,
-where PPO changed the base model: the same distance between the two models with the same prompt. A map is scaled to its largest value.
-
-    python sample.py --run runs/tiny --prompts evaluation_metadata.jsonl --layout geneval --out DIR      # layouts.py; goes on where it stopped
-    python sample.py --run runs/tiny --prompts color_val.txt --layout t2icompbench --out DIR
-    python sample.py --run runs/tiny --prompts dpg_bench/prompts --layout dpg --out DIR
+Two prompts are taken as a pair. Each sample of the first stands beside a sample of the second, and
+between them are two maps over the tokens of the left one: where the model thinks that the prompts
+ask for different things, D_t = JS( pi(.|o_<t, T1), pi(.|o_<t, T2) ), and where PPO changed the base
+model, the same distance between the two models with one prompt. A map is scaled to its maximum.
 """
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -20,96 +16,105 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from data import UserError, picture_grid, some
-from layouts import EVALUATE, LAYOUTS, PICTURES, as_grid, read_tasks
-from model import empty_ids, generate, pick_device, prompt_divergence, stored_autocast
-from runs import chosen_policy, generate_files, guidance_of, load_policy, make_folder, same_settings
-from tokenizer import decode_ids, write_atomically
+from common import UserError, make_folder, pick_device
+from data import image_grid
+from model import (empty_ids, generate, load_policy, prompt_divergence, run_settings,
+                   usual_guidance)
+from tokenizer import decode_ids
+
+
+def add_policy_flags(parser):
+    """The flags of everything that draws images of a run's policy."""
+    parser.add_argument("--run", metavar="DIR", required=True, help="run folder of train.py")
+    parser.add_argument("--policy", choices=["ppo", "pretrain"], default="ppo", help="(ppo)")
+    parser.add_argument("--guidance", type=float,
+                        help="w of classifier-free guidance (as the policy was trained with)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="tau (1)")
+    parser.add_argument("--seed", type=int, default=0, help="images follow from it and --batch (0)")
+    parser.add_argument("--batch", type=int, default=64, help="images at once (64)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+
+
+def check_policy_flags(args):
+    for name in ("n", "batch", "temperature"):
+        value = getattr(args, name, None)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} {value}: should be positive")
+    if getattr(args, "seed", 0) < 0:
+        raise UserError(f"--seed {args.seed}: should be 0 or more")
+
+
+def policy_guidance(args, model):
+    """--guidance, else what the run's policy was trained with, else what is usual for its kind."""
+    if args.guidance is not None:
+        return args.guidance
+    trained = run_settings(args.run, "ppo") if args.policy == "ppo" else {}
+    return trained.get("guidance", usual_guidance(model))
 
 
 def heat_map(divergence, images, grid):
-    """D_t (B, N) and the pictures it was measured on (B, H, W, 3) uint8 -> red where D_t is large, over the faded picture."""
-    heat = rearrange(divergence / divergence.max().clamp(min=1e-8), "b (y x) -> b y x 1", y=grid).cpu().numpy()
+    """D_t (B, N) and the images (B, H, W, 3) uint8 that it is about -> the faded images, red where
+    D_t is large."""
+    heat = divergence / divergence.max().clamp(min=1e-8)
+    heat = rearrange(heat, "b (y x) -> b y x 1", y=grid).cpu().numpy()
     scale = images.shape[1] // grid
-    heat = heat.repeat(scale, 1).repeat(scale, 2)                                                       # (B, H, W, 1)
+    heat = heat.repeat(scale, 1).repeat(scale, 2)                       # (B, H, W, 1)
     faded = 255 - (255 - images.astype(np.float32)) * 0.35
-    return (faded * (1 - heat) + np.array([220.0, 0.0, 0.0]) * heat).astype(np.uint8)
+    red = np.array([220.0, 0.0, 0.0])
+    return (faded * (1 - heat) + red * heat).astype(np.uint8)
 
 
-def write_layout(args):
-    """Pictures of a benchmark's prompts where its evaluator looks for them. What is there is skipped."""
-    n = args.n or PICTURES[args.layout]
-    tasks, out = read_tasks(args.prompts, args.layout, n), Path(args.out)
-    files = [[out / file for file in task.files] for task in tasks]
-    ours = {file for own in files for file in own}
-    strangers = sorted(str(file) for folder in {file.parent for file in ours} for file in folder.glob("*.png") if file not in ours)
-    if strangers:           # the evaluators read whatever lies there: pictures of other prompts or another --n would count
-        raise UserError(f"{out}: holds pictures that are not of these prompts and this --n: {some(strangers)}; give another --out")
-    vq, model = chosen_policy(args)
-    args.guidance = guidance_of(args, model)
-    same_settings(out, args, model, [task.prompt for task in tasks])
-    for task in tasks:
-        for file, text in task.texts.items():
-            make_folder((out / file).parent)
-            write_atomically(out / file, text.encode())
-    combine = list if args.layout != "dpg" else lambda pictures: [as_grid(pictures)]
-    made = generate_files(model, vq, [task.prompt for task in tasks], files, n, args.guidance, args.temperature, args.seed, args.batch, combine)
-    print(f"{made} files made, {len(ours) - made} were there, for {len(tasks)} prompts in {out}")
-    print("evaluate with: " + EVALUATE[args.layout].format(out=shlex.quote(str(out.resolve())), n=n, size=vq.cfg.image_size))
+def pair_maps(args, model, ids, tokens, images, grid, sampling):
+    """{label: images (n, H, W, 3)} of the two maps. ids (2, T), tokens (n, N) and images of the
+    first prompt's samples."""
+    first, second = (row.expand(len(tokens), -1) for row in ids)
+    divergence = prompt_divergence(model, first, second, tokens, **sampling)
+    maps = {"where they differ: D_t": heat_map(divergence, images, grid)}
+    if args.policy == "ppo" and (Path(args.run) / "pretrain.safetensors").exists():
+        _, base = load_policy(args.run, "pretrain", pick_device(args.device))
+        change = prompt_divergence(model, first, first, tokens, other=base, **sampling)
+        maps["what PPO changed"] = heat_map(change, images, grid)
+    return maps
 
 
 @torch.no_grad()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--run", metavar="DIR", help="run folder of train.py")
-    parser.add_argument("--janus", metavar="DIR", help="a Janus checkpoint instead of a run")
-    parser.add_argument("--policy", choices=["ppo", "pretrain"], default="ppo", help="whose pictures (ppo)")
-    parser.add_argument("--prompt", action="append", help="give it twice for a pair")
-    parser.add_argument("--prompts", metavar="FILE", help="a benchmark's prompts, with --layout")
-    parser.add_argument("--layout", choices=list(LAYOUTS), help="whose evaluator will read the pictures")
-    parser.add_argument("--n", type=int, help=f"pictures a prompt (8; with --layout {', '.join(f'{k} {n}' for k, n in PICTURES.items())})")
-    parser.add_argument("--out", help="PNG to write (picture.png); with --layout the folder")
-    parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time with --layout; fewer need less memory (64)")
-    parser.add_argument("--guidance", type=float, help="w of classifier-free guidance (as the policy was trained with; 5 for a Janus checkpoint)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="tau (1)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_policy_flags(parser)
+    parser.add_argument("--prompt", action="append", required=True, help="twice for a pair")
+    parser.add_argument("--n", type=int, default=8, help="images a prompt (8)")
+    parser.add_argument("--out", default="picture.png", help="PNG to write (picture.png)")
+    argv = sys.argv[1:] if argv is None else argv
+    for word, instead in (("--layout", "python -m extras.layouts --layout"),
+                          ("--janus", "python -m extras.janus --import DIR --out RUN, then --run")):
+        if word in [w.split("=")[0] for w in argv]:
+            raise UserError(f"{word} is gone: use {instead}")
     args = parser.parse_args(argv)
-    if args.n is not None and args.n < 1 or args.batch < 1 or args.temperature <= 0:
-        raise UserError(f"--n {args.n} --batch {args.batch} --temperature {args.temperature}: should be positive")
-    if args.prompts or args.layout:
-        if args.prompt or not (args.prompts and args.layout and args.out):
-            raise UserError("--prompts FILE, --layout and --out DIR go together, and without --prompt")
-        return write_layout(args)
-    if not args.prompt:
-        raise UserError("give --prompt TEXT, or --prompts FILE with --layout and --out DIR")
-    args.n, args.out = args.n or 8, args.out or "picture.png"
+    check_policy_flags(args)
     if len(args.prompt) > 2:
         raise UserError(f"{len(args.prompt)} prompts: give one, or two for a pair")
 
     device = pick_device(args.device)
-    vq, model = chosen_policy(args)
-    args.guidance = guidance_of(args, model)
-    prompts, empty = torch.from_numpy(model.text.prompts(args.prompt, model.cfg.n_text)).to(device), empty_ids(model)
+    vq, model = load_policy(args.run, args.policy, device)
+    sampling = dict(empty=empty_ids(model), guidance=policy_guidance(args, model),
+                    temperature=args.temperature)
+    ids = model.prompt_ids(args.prompt)
     generator = torch.Generator(device).manual_seed(args.seed)
-    with stored_autocast(model):
-        tokens, _ = generate(model, prompts, empty, args.n, args.guidance, args.temperature, generator) # (prompts*n, N)
-    images, scale = decode_ids(vq, tokens), max(1, 160 // vq.cfg.image_size)
+    tokens, _ = generate(model, ids, samples=args.n, generator=generator, batch=args.batch,
+                         **sampling)                                    # (prompts*n, N)
+    images = decode_ids(vq, tokens)
+    scale = max(1, 160 // vq.cfg.image_size)
     if len(args.prompt) == 1:
-        sheet = picture_grid(images, args.prompt * args.n, columns=min(args.n, 4), scale=scale)
+        sheet = image_grid(images, args.prompt * args.n, min(args.n, 4), scale)
     else:
-        one, two = (row.expand(args.n, -1) for row in prompts)
-        left, right = images[:args.n], images[args.n:]
-        maps = {"where they differ: D_t": (two, model)}
-        if args.run and args.policy == "ppo" and (Path(args.run) / "pretrain.safetensors").exists():
-            maps["what PPO changed"] = one, load_policy(args.run, "pretrain", device)[1]
-        with stored_autocast(model):
-            found = [prompt_divergence(model, one, ids, tokens[:args.n], empty, args.guidance, args.temperature, other=other) for ids, other in maps.values()]
-        heats = [heat_map(divergence, left, vq.cfg.grid) for divergence in found]
-        rows, labels = np.stack([left, *heats, right], 1), [args.prompt[0], *maps, args.prompt[1]] * args.n
-        sheet = picture_grid(rows.reshape(-1, *images.shape[1:]), labels, columns=len(maps) + 2, scale=scale)
+        left = images[:args.n]
+        maps = pair_maps(args, model, ids, tokens[:args.n], left, vq.cfg.grid, sampling)
+        rows = np.stack([left, *maps.values(), images[args.n:]], 1)     # (n, 3 or 4, H, W, 3)
+        labels = [args.prompt[0], *maps, args.prompt[1]] * args.n
+        sheet = image_grid(rows.reshape(-1, *images.shape[1:]), labels, rows.shape[1], scale)
+    make_folder(Path(args.out).parent)
     try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         sheet.save(args.out)
     except (OSError, ValueError) as e:
         raise UserError(f"--out {args.out}: cannot be written ({e})") from e

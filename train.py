@@ -1,469 +1,734 @@
-"""Train nanoFocusDiff. Four stages, each a function below, in the order they run:
+"""Train nanoFocusDiff. Four stages, each a function below, in the order in which they run:
 
-    tokenizer   a VQ model turns pictures into tokens and back
-    pretrain    a transformer learns to write a prompt's tokens: the base model, coarse right and fine wrong
+    tokenizer   a VQ model learns to turn images into tokens and back
+    pretrain    a transformer learns to write a prompt's tokens: the base model
     reward      two judges learn to answer "Does this image match the description?"
-    ppo         the base model samples pictures for pairs of prompts, the training judge scores them, PPO learns from it
+    ppo         the base model samples images for pairs of prompts, a judge scores them, PPO learns
 
-    python train.py --stage ppo                      # trains what is missing first; ends on a before/after PairComp table
-    python train.py --stage pretrain --lr 5e-4       # every field of a stage's config is a flag; --help lists them
-    python train.py --stage ppo --preset smoke --out runs/smoke      # the whole way in under a minute, to see that it works
-    python train.py --stage ppo --resume             # go on where a run was stopped
-    python train.py --curves runs/tiny               # draw curves.png again from log.jsonl
+    python train.py --stage ppo                     # trains what is missing first, then PPO
+    python train.py --stage ppo --preset smoke      # everything in under a minute, to see it work
+    python train.py --stage pretrain --lr 5e-4      # every field of a stage's config is a flag
+    python train.py --stage ppo --resume            # go on where a run was stopped
 
-A run folder holds the weights (*.safetensors), `<stage>.state` while a stage is unfinished (everything to resume), config.json,
-log.jsonl (one object a step), paircomp.json, samples/*.png and curves.png.
+A run folder (--out) holds the weights (*.safetensors), <stage>.state while a stage is unfinished,
+config.json, log.jsonl (one object a step), paircomp.json, samples/*.png and curves.png.
 
-Every random choice of step n is drawn from generators seeded by (seed, stage, n). There is no generator state to save, and a run
-that was killed ends, on CPU, with the same bits as one that was not.
+Shapes: P pairs, 2 prompts, G samples a prompt, B = P*2*G sequences in the flat order (pair, prompt,
+sample), T text tokens, N image tokens, H W image.
 """
+import argparse
+import difflib
+import inspect
 import math
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
+from tqdm import tqdm
 
-from before_after import finish_benchmark, tested, tested_pairs
-from config import MINUTES, NEEDS, PRESETS, STAGES, Common, parse
-from data import PairSet, UserError, read_prompts
-from eval_paircomp import benchmark_pairs
-from janus import import_janus, load_janus
-from judges import JudgeError, open_judges, submit
-from loop import (Loop, adamw, append_log, autocast, bf16, encode_pairs, muon_and_adamw, save_picture, show, step_random, tokens_of, training_pairs,
-                  training_texts)
-from model import ImageModel, ModelConfig, empty_ids, generate, pick_device, prompt_divergence, score, usual_guidance
-from pairworld import ATTRIBUTES, TextTokens, pairworld, read_scene, shown_in
-from plots import draw_curves
-from ppo import (ORIGINS, SAMPLED, choice_reward, difference_weights, ground_truth_probability, mix_ground_truth, pair_reward, ppo_loss,
-                 spread_difference, token_advantages)
-from reward import Judge, JudgeConfig, NetworkJudge, OracleJudge, judge_loss, judge_report
-from runs import generate_images, load_judges, load_policy, save_judges
-from tokenizer import (VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels, kmeans_codes, load_module, save_weights,
-                       update_codebook, vq_loss, write_atomically)
+import ppo
+from common import (Loop, UserError, adamw, copy_file, load_module, make_folder, muon_and_adamw,
+                    pick_device, read_json, save_weights, step_random, uses_bf16, write_json)
+from data import PairSet, image_grid, read_pairs, read_prompts
+from eval_paircomp import BeforeAfter, benchmark_pairs, generate_images
+from model import (ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score,
+                   usual_guidance)
+from pairworld import ATTRIBUTES, LONG, SHORT, TextTokens, pairworld, read_scene
+from reward import (Judge, JudgeConfig, NetworkJudge, OracleJudge, judge_loss, judge_report,
+                    load_judges, save_judges, submit)
+from tokenizer import (VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels,
+                       kmeans_codes, update_codebook, vq_loss)
+
+PROMPTS_SHARE = 0.25        # share of a rollout's pairs that are unpaired prompts, with --prompts
 
 
-def stored_as(tensors, dtypes):
-    """A state dict, trained in fp32, in the dtypes of the one that it was trained from."""
-    return {k: v.to(dtypes[k]) for k, v in tensors.items()}
+# --------------------------------------------------------------------------------------------------
+# Settings: a dataclass a stage, whose fields are its flags. A name without a type is a constant.
+
+def flag(default, text, origin="ours", **limits):
+    """origin: whose value the default is, the paper's, the official code's, or ours. limits: least,
+    or choices."""
+    metadata = {"help": text, "origin": origin, **limits}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 1
+@dataclass
+class Common:
+    out: str = flag("runs/tiny", "run folder")
+    seed: int = flag(0, "every random choice follows from it", least=0)
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "of matrix products: auto is bf16 on cuda, fp32 elsewhere",
+                      choices=("auto", "fp32", "bf16"))
+    data: str = flag("", "pairs.json in FocusDiff-Data's layout; empty is PairWorld")
+    n_pairs: int = flag(12000, "how many PairWorld pairs to train on", least=1)
 
-def train_tokenizer(cfg, resume):
+
+@dataclass
+class Tokenizer(Common):
+    steps: int = flag(1400, "optimizer steps", least=1)
+    batch: int = flag(16, "images a step", least=1)
+    lr: float = flag(3e-3, "peak learning rate", least=0)
+    unquantized: int = flag(400, "steps before the codebook is made, by k-means")
+    ch: int = flag(128, "channels, a multiple of 32")
+    codebook_size: int = flag(320, "V")
+    codebook_dim: int = flag(16, "D")
+    warmup = 20
+    decay = 0.5
+    commitment = 0.25                   # weight of the pull of latents to their codes
+    rate = 0.003                        # preference for codes in use, see vq_loss
+
+
+@dataclass
+class Pretrain(Common):
+    init: str = flag("", "run folder whose base model is fine-tuned; empty starts from nothing")
+    extra: float = flag(0.45, "chance that a PairWorld caption names a part it need not; below a "
+                              "judge's 0.6, so that details are learned less well")
+    steps: int = flag(650, "optimizer steps", least=1)
+    batch: int = flag(32, "images a step", least=1)
+    microbatch: int = flag(0, "images a backward, to fit the memory; 0 is the whole batch. Layers "
+                              "then also recompute their activations", least=0)
+    lr: float = flag(1e-3, "peak learning rate of AdamW: embeddings, norms, head", least=0)
+    muon_lr: float = flag(0.007, "peak learning rate of Muon: the layers' matrices; 0: AdamW too")
+    warmup: int = flag(50, "steps of rising learning rate")
+    caption_dropout: float = flag(0.05, "share of images with the empty prompt, for guidance")
+    n_layer: int = flag(4, "layers")
+    n_head: int = flag(4, "attention heads")
+    n_embd: int = flag(128, "width C")
+    n_ffn: int = flag(384, "width of the SwiGLU")
+    n_text: int = flag(160, "longest prompt, in tokens; an unknown word takes one a byte")
+    decay = 0.5
+    weight_decay = 0.01
+
+
+@dataclass
+class Reward(Common):
+    steps: int = flag(1000, "optimizer steps", least=1)
+    batch: int = flag(32, "pairs a step; each makes two yes and two no", least=1)
+    lr: float = flag(7e-4, "peak learning rate of AdamW", least=0)
+    muon_lr: float = flag(0.005, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
+    splices_from: int = flag(500, "step from which splices are shown too, see reward.splice")
+    width: int = flag(96, "width of the judges, a multiple of 8")
+    warmup = 50
+    decay = 0.5
+    weight_decay = 0.01
+
+
+@dataclass
+class PPO(Common):
+    prompts: str = flag("", "a text file of unpaired prompts to mix in, one a line", "official")
+    steps: int = flag(300, "rollouts", "ours; official 1600", least=1)
+    pairs: int = flag(8, "pairs a rollout (P)", "ours; official 8, one a GPU", least=1)
+    samples: int = flag(6, "images a prompt (G)", "ours; official 7", least=2)
+    epochs: int = flag(1, "passes over a rollout", "official", least=1)
+    minibatches: int = flag(2, "optimizer steps an epoch; pairs stay whole", "ours; official 1",
+                           least=1)
+    microbatch: int = flag(0, "sequences a backward, to fit the memory; 0 is the whole minibatch. "
+                              "Layers then also recompute their activations, and at most 8 times "
+                              "as many are sampled at once", least=0)
+    lr: float = flag(2e-4, "peak learning rate", "ours; official 1e-5 for 7B", least=0)
+    warmup: int = flag(10, "rollouts of rising learning rate", "ours; official 100")
+    guidance: float = flag(1.0, "w of classifier-free guidance; 1 has no second branch",
+                           "ours; official 5")
+    temperature: float = flag(1.0, "tau", "official, in effect", least=1e-6)
+    advantage: str = flag("pair", "pool of mean and std: Pair-GRPO or vanilla", "paper",
+                          choices=tuple(ppo.POOLS))
+    clip: float = flag(0.2, "PPO's epsilon", "ours; no effect in the official code (ratio 1)")
+    beta: float = flag(0.01, "weight of the KL to the base model")
+    difference: float = flag(0.0, "lambda of the difference-aware token weights",
+                             "paper; above 0 is ours", least=0)
+    reward: str = flag("own", "own: S(I,T); margin: S(I,T) - S(I,T'); see ppo.REWARDS", "paper",
+                       choices=tuple(ppo.REWARDS))
+    ground_truth: list = flag((0, 0, 0), "rollouts until which two samples are replaced by ground "
+                              "truth with probability 1, 0.25 and 0; 0 0 0 is off",
+                              "ours; official 50 450 1200")
+    judge: list = flag((), "who gives the rewards instead of the run's training judge: "
+                       "http://HOST:PORT/v1[#MODEL] or transformers:DIR; twice: the mean",
+                       "ours; official InternVL2.5-26B")
+    heldout_judge: str = flag("", "who tests instead of the run's held-out judge")
+    test: str = flag("", "PairComp.json to test on instead of PairWorld's held-out pairs")
+    eval_every: int = flag(25, "rollouts between quick tests", least=1)
+    eval_pairs: int = flag(20, "test pairs a category in the table before and after", least=1)
+    decay = 0.3
+
+
+STAGES = {"tokenizer": Tokenizer, "pretrain": Pretrain, "reward": Reward, "ppo": PPO}
+NEEDS = {"tokenizer": [], "pretrain": ["tokenizer"], "reward": ["tokenizer"],
+         "ppo": ["tokenizer", "pretrain", "reward"]}
+MINUTES = {"tokenizer": 1, "pretrain": 2, "reward": 2.5, "ppo": 6}      # tiny, two CPU cores
+PRESETS = {
+    "tiny": {stage: {} for stage in STAGES},
+    "smoke": {
+        "tokenizer": dict(out="runs/smoke", n_pairs=600, steps=60, unquantized=20, ch=32,
+                          codebook_size=64),
+        "pretrain": dict(out="runs/smoke", n_pairs=600, steps=40, n_layer=2, n_embd=64, n_ffn=128),
+        "reward": dict(out="runs/smoke", n_pairs=600, steps=25, splices_from=10, width=32),
+        "ppo": dict(out="runs/smoke", n_pairs=600, steps=6, pairs=4, samples=4, eval_every=3,
+                    eval_pairs=2)},
+    # A real checkpoint. lr, warmup, samples and guidance are the official recipe's, the rest ours.
+    "janus": {
+        "tokenizer": dict(out="runs/janus"), "reward": dict(out="runs/janus"),
+        "pretrain": dict(out="runs/janus", lr=1e-5, muon_lr=0.0, caption_dropout=0.1, microbatch=4),
+        "ppo": dict(out="runs/janus", lr=1e-5, warmup=100, steps=1600, pairs=4, samples=7,
+                    guidance=5.0, microbatch=4)},
+}
+
+
+# -- What the stages share -------------------------------------------------------------------------
+def training_pairs(cfg, image_size, extra):
+    """The pairs of --data, or PairWorld's, whose captions name an optional part with a chance of
+    `extra`."""
+    if cfg.data:
+        return read_pairs(cfg.data, image_size)
+    return pairworld(cfg.n_pairs, "train", cfg.seed, extra)
+
+
+def images_of(pairs, indices):
+    """Both images of n pairs in a row: (2n, H, W, 3) uint8."""
+    return rearrange(pairs.load(indices), "p i h w c -> (p i) h w c")
+
+
+def encode_pairs(vq, pairs, indices, device):
+    """The images of n pairs as tokens: (n, 2, N) int64 on the device."""
+    tokens = encode_images(vq, images_of(pairs, indices), device)
+    return rearrange(tokens, "(p i) n -> p i n", i=2)
+
+
+def encode_all_pairs(vq, pairs, device):
+    """Every pair, once: (P, 2, N) int64 on the CPU."""
+    chunks = np.array_split(np.arange(len(pairs)), -(-len(pairs) // 256))
+    chunks = tqdm(chunks, "encoding", leave=False)
+    return torch.cat([encode_pairs(vq, pairs, chunk, device).cpu() for chunk in chunks])
+
+
+def save_samples(cfg, name, images, labels=None, columns=8, scale=3):
+    folder = Path(cfg.out) / "samples"
+    make_folder(folder)
+    scale = max(1, scale * 32 // images.shape[1])
+    image_grid(images, labels, columns, scale).save(folder / name)
+
+
+def show(report):
+    """A report for people: {name: number, or such a dict} on one line."""
+    parts = [f"{k} ({show(v)})" if isinstance(v, dict) else f"{k} {v:.3f}"
+             for k, v in report.items()]
+    return ", ".join(parts)
+
+
+def average(stats):
+    """Dicts of scalar tensors -> {name: mean over the dicts that have it}."""
+    names = {name: None for values in stats for name in values}
+    return {name: torch.stack([values[name] for values in stats if name in values]).mean()
+            for name in names}
+
+
+# -- Stage 1 ---------------------------------------------------------------------------------------
+def train_tokenizer(cfg, loop):
     device = pick_device(cfg.device)
-    pairs = training_pairs(cfg, VQConfig.image_size)
+    pairs = training_pairs(cfg, VQConfig.image_size, LONG).with_images()
     torch.manual_seed(cfg.seed)
-    vq = VQModel(VQConfig(ch=cfg.ch, codebook_size=cfg.codebook_size, codebook_dim=cfg.codebook_dim)).to(device)
-    codebook, usage = vq.quantize.embedding.weight.data, torch.ones(cfg.codebook_size, device=device)
-    loop = Loop("tokenizer", cfg, resume, {"model": vq}, [adamw(vq.parameters(), cfg.lr, 0.0)], {"usage": usage})
+    vq = VQModel(VQConfig(ch=cfg.ch, codebook_size=cfg.codebook_size,
+                          codebook_dim=cfg.codebook_dim)).to(device)
+    codebook = vq.quantize.embedding.weight.data                        # (V, D)
+    usage = torch.ones(cfg.codebook_size, device=device)
+    loop.start({"model": vq}, [adamw(vq.parameters(), cfg.lr, 0.0)], {"usage": usage})
     for step in loop:
         rng, generator = step_random(cfg, "tokenizer", step)
-        if step == cfg.unquantized:
+        if step == cfg.unquantized:     # the codebook begins as clusters of latents
             with torch.no_grad():
-                z = [vq.latents(from_pixels(draw(pairs, rng, 128), device)) for _ in range(8)]
-            codebook.copy_(kmeans_codes(rearrange(torch.cat(z), "b d h w -> (b h w) d"), cfg.codebook_size, generator))
-        x = from_pixels(loop.guarded(step, lambda: draw(pairs, rng, cfg.batch)), device)
-        with autocast(cfg, device):
-            loss, z, ids, picture = vq_loss(vq, x, step >= cfg.unquantized, cfg.commitment, cfg.rate * usage.log())
-        norm = loop.update(step, loss)
-        restarts = update_codebook(codebook, usage, z.detach(), ids, generator) if ids is not None and step < 0.8 * cfg.steps else 0
-        used, perplexity = code_statistics(ids, cfg.codebook_size) if ids is not None else (0.0, 0.0)
-        psnr = 10 * math.log10(4 / (picture - x).square().mean().item())
-        loop.log(step, ("loss", "psnr", "perplexity"), loss=loss, psnr=psnr, perplexity=perplexity, batch_usage=used, restarts=restarts, grad_norm=norm)
-    vq.eval()
-    test = pairs if cfg.data else pairworld(300, "test", 1)
-    test = test.load(np.arange(min(300, len(test))))
-    test = rearrange(test, "p i h w c -> (p i) h w c")
-    ids = encode_images(vq, test, device)
-    seen = decode_ids(vq, ids)
-    used, perplexity = code_statistics(ids, cfg.codebook_size)
-    report = {"psnr": float(-10 * np.log10(((seen / 255.0 - test / 255.0) ** 2).mean())), "usage": used, "perplexity": perplexity}
-    if not cfg.data:                                    # the oracle reads the same attribute off the picture and its reconstruction
-        report["legibility"] = dict(zip(ATTRIBUTES, (read_scene(test) == read_scene(seen)).mean(0).tolist()))
-    append_log(cfg, {"stage": "tokenizer", "report": report})
-    print(f"tokenizer, {'training' if cfg.data else 'held-out'} pictures: {show(report)}")
-    save_picture(cfg, "tokenizer.png", np.stack([test[:16], seen[:16]], 1).reshape(-1, *test.shape[1:]))
+                z = [vq.latents(draw_images(pairs, rng, 128, device)) for _ in range(8)]
+            z = rearrange(torch.cat(z), "b d h w -> (b h w) d")
+            codebook.copy_(kmeans_codes(z, cfg.codebook_size, generator))
+
+        x = draw_images(pairs, rng, cfg.batch, device)                  # (B, 3, H, W)
+        quantized = step >= cfg.unquantized
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(cfg.dtype, device)):
+            preference = cfg.rate * usage.log()
+            loss, z, ids, reconstruction = vq_loss(vq, x, quantized, cfg.commitment, preference)
+        loss.backward()
+        grad_norm = loop.optimizer_step(step)
+
+        restarts, used, perplexity = 0, 0.0, 0.0
+        if quantized:
+            if step < 0.8 * cfg.steps:  # the last fifth trains the decoder on codes at rest
+                restarts = update_codebook(codebook, usage, z.detach(), ids, generator)
+            used, perplexity = code_statistics(ids, cfg.codebook_size)
+        psnr = 10 * math.log10(4 / (reconstruction - x).square().mean().item())
+        loop.log(step, loss=loss, psnr=psnr, perplexity=perplexity, batch_usage=used,
+                 restarts=restarts, grad_norm=grad_norm)
+    report_tokenizer(cfg, vq.eval(), pairs, device, loop)
     save_weights(Path(cfg.out) / "tokenizer.safetensors", vq.state_dict(), config=asdict(vq.cfg))
     loop.finish()
 
 
-def draw(pairs, rng, n):
-    """n pictures, both sides of n/2 random pairs. -> (n, H, W, 3) uint8"""
-    return rearrange(pairs.load(rng.integers(len(pairs), size=max(1, n // 2))), "p i h w c -> (p i) h w c")
+def draw_images(pairs, rng, n, device):
+    """n images, both of n/2 random pairs. -> (n, 3, H, W) in [-1, 1]"""
+    return from_pixels(images_of(pairs, rng.integers(len(pairs), size=max(1, n // 2))), device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2
+def report_tokenizer(cfg, vq, pairs, device, loop):
+    """How well images come back. PairWorld's legibility: how often the oracle reads the same value
+    of an attribute off an image and its reconstruction."""
+    test = pairs if cfg.data else pairworld(300, "test", 1)
+    images = images_of(test, np.arange(min(300, len(test))))
+    ids = encode_images(vq, images, device)
+    again = decode_ids(vq, ids)
+    error = ((again / 255.0 - images / 255.0) ** 2).mean()
+    used, perplexity = code_statistics(ids, cfg.codebook_size)
+    report = {"psnr": float(-10 * np.log10(error)), "usage": used, "perplexity": perplexity}
+    if not cfg.data:
+        same = (read_scene(images) == read_scene(again)).mean(0).tolist()
+        report["legibility"] = dict(zip(ATTRIBUTES, same))
+    loop.report(report=report)
+    print(f"tokenizer, {'training' if cfg.data else 'held-out'} images: {show(report)}")
+    beside = np.stack([images[:16], again[:16]], 1)                     # (16, 2, H, W, 3)
+    save_samples(cfg, "tokenizer.png", beside.reshape(-1, *images.shape[1:]))
 
-def train_pretrain(cfg, resume):
+
+# -- Stage 2 ---------------------------------------------------------------------------------------
+def train_pretrain(cfg, loop):
+    """The loss is the mean of -log pi(o_t | o_<t, T): what any language model minimizes, on the
+    tokens of the images. Some prompts are replaced by the empty one, so that guidance has it."""
     device = pick_device(cfg.device)
-    vq = load_module(Path(cfg.out) / "tokenizer.safetensors", VQModel, VQConfig, device)
-    pairs = training_pairs(cfg, vq.cfg.image_size)
-    # PairWorld's pictures are encoded once; a folder's, which may be hundreds of thousands, when a batch has them
-    codes = None if cfg.data else encode_pairs(vq, pairs, device).flatten(0, 1)                         # (2P, N)
-    torch.manual_seed(cfg.seed)
-    if cfg.janus:
-        model = load_janus(cfg.janus, device)[1]
-    else:
-        model = ImageModel(ModelConfig(TextTokens().vocab_size, vq.cfg.codebook_size, cfg.n_text, vq.cfg.grid ** 2, cfg.n_layer, cfg.n_head, cfg.n_embd,
-                                       cfg.n_ffn, vq.cfg.codebook_dim)).to(device)
-        # what the tokenizer knows of which codes are alike
-        model.gen_embed.weight.data.copy_(vq.quantize.embedding.weight * vq.cfg.codebook_dim ** 0.5)
-    dtypes = {k: v.dtype for k, v in model.state_dict().items()}
-    model.float().recompute = cfg.recompute             # fp32 master weights, whatever the checkpoint has
-    texts = training_texts(pairs, model.cfg.n_text, model.text)
-    maybe_compile(model, cfg)
-    loop = Loop("pretrain", cfg, resume, {"model": model}, muon_and_adamw([model], cfg))
+    vq, model = new_model(cfg, device)
+    model.recompute = cfg.microbatch > 0
+    model.bf16 = uses_bf16(cfg.dtype, device)
+    pairs = training_pairs(cfg, vq.cfg.image_size, cfg.extra).with_images()
+    prompts = pairs.flat_prompts()
+    model.prompt_ids(prompts)           # one that is too long is an error now, not half way
+    # PairWorld's images are encoded once. A folder's may be too many: when a batch has them.
+    codes = None if cfg.data else encode_all_pairs(vq, pairs, device).flatten(0, 1)     # (2P, N)
+    loop.start({"model": model}, muon_and_adamw([model], cfg))
     for step in loop:
         rng, _ = step_random(cfg, "pretrain", step)
-        chosen = rng.integers(len(texts), size=cfg.batch)
+        chosen = rng.integers(len(prompts), size=cfg.batch)
         dropped = rng.random(cfg.batch) < cfg.caption_dropout
-        prompts = tokens_of([texts[i] for i in chosen], model.cfg.n_text, device, model.text, dropped)
-        tokens = codes[chosen].to(device) if codes is not None else encode_images(vq, loop.guarded(step, lambda: pairs.load_rows(chosen)), device)
-        parts = []
+        prompt_ids = model.prompt_ids([prompts[i] for i in chosen], dropped)            # (B, T)
+        if codes is None:
+            tokens = encode_images(vq, pairs.load_flat(chosen), device)                 # (B, N)
+        else:
+            tokens = codes[chosen].to(device)
 
-        def losses():
-            for rows in torch.arange(cfg.batch).chunk(cfg.accumulate):
-                with autocast(cfg, device):
-                    logprobs, entropy = score(model, prompts[rows], tokens[rows])
-                loss, share = -logprobs.mean(), len(rows) / cfg.batch
-                parts.append((loss.detach() * share, entropy.mean() * share))
-                yield loss * share
-        norm = loop.update(step, losses())
-        loss, entropy = (sum(part) for part in zip(*parts))
-        loop.log(step, ("loss",), loss=loss, entropy=entropy, grad_norm=norm)
-    test = benchmark_pairs(4) if not cfg.data else pairs
-    prompts = test.texts()[:32]
-    model.bf16, at_once = bf16(cfg, device), min(64, 2 * -(-cfg.batch // cfg.accumulate))               # sampling needs less than training did
-    images = generate_images(model.eval(), vq, prompts, 1, usual_guidance(model), 1.0, cfg.seed, at_once)[:, 0]
-    save_picture(cfg, "pretrain.png", images, prompts, scale=5)
-    save_weights(Path(cfg.out) / "pretrain.safetensors", stored_as(model.state_dict(), dtypes), config=asdict(model.cfg))
+        stats = []
+        for mb in torch.arange(cfg.batch).split(cfg.microbatch or cfg.batch):
+            logprobs, entropy = score(model, prompt_ids[mb], tokens[mb])                # (b, N)
+            loss = -logprobs.mean()
+            (loss * (len(mb) / cfg.batch)).backward()
+            stats.append({"loss": loss.detach(), "entropy": entropy.mean()})
+        grad_norm = loop.optimizer_step(step)
+        loop.log(step, **average(stats), grad_norm=grad_norm)
+
+    test = pairs if cfg.data else benchmark_pairs(4)
+    prompts = test.flat_prompts()[:32]
+    at_once = min(64, 2 * (cfg.microbatch or cfg.batch))                # less memory than training
+    images = generate_images(model.eval(), vq, prompts, 1, usual_guidance(model), 1.0, cfg.seed,
+                             at_once)[:, 0]
+    save_samples(cfg, "pretrain.png", images, prompts, scale=5)
+    save_policy(cfg.out, "pretrain", model)
     loop.finish()
 
 
-def maybe_compile(model, cfg):
-    if cfg.compile:
-        model.hidden = torch.compile(model.hidden, dynamic=True)
+def new_model(cfg, device):
+    """(tokenizer, model to train): a new one, or with --init the base model of another run, whose
+    tokenizers become this run's. fp32 weights, whatever the file has."""
+    out = Path(cfg.out)
+    if cfg.init:
+        for name in ("tokenizer.safetensors", "text.json"):
+            if (Path(cfg.init) / name).exists():
+                copy_file(Path(cfg.init) / name, out / name)
+        vq, model = load_policy(cfg.init, "pretrain", device, cfg.dtype)
+        return vq, model.float()
+    vq = load_module(out / "tokenizer.safetensors", VQModel, VQConfig, device)
+    torch.manual_seed(cfg.seed)
+    model = ImageModel(ModelConfig(
+        text_vocab=TextTokens().vocab_size, image_vocab=vq.cfg.codebook_size, n_text=cfg.n_text,
+        n_image=vq.cfg.grid ** 2, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
+        n_ffn=cfg.n_ffn, code_dim=vq.cfg.codebook_dim)).to(device)
+    # What the tokenizer knows of which codes are alike.
+    model.gen_embed.weight.data.copy_(vq.quantize.embedding.weight * vq.cfg.codebook_dim ** 0.5)
+    return vq, model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 3
-
-def train_reward(cfg, resume):
+# -- Stage 3 ---------------------------------------------------------------------------------------
+def train_reward(cfg, loop):
     device = pick_device(cfg.device)
     vq = load_module(Path(cfg.out) / "tokenizer.safetensors", VQModel, VQConfig, device)
-    pairs = training_pairs(cfg, vq.cfg.image_size)
-    codes = encode_pairs(vq, pairs, device)
-    training_texts(pairs, JudgeConfig.n_text)
+    pairs = training_pairs(cfg, vq.cfg.image_size, LONG).with_images()
+    codes = encode_all_pairs(vq, pairs, device)                         # (P, 2, N)
     torch.manual_seed(cfg.seed)
     shape = dict(width=cfg.width, grid=vq.cfg.image_size // JudgeConfig.patch)
-    judges = {name: Judge(JudgeConfig(kind=kind, **shape)).to(device) for name, kind in (("train", "attend"), ("heldout", "convolve"))}
-    loop = Loop("reward", cfg, resume, judges, muon_and_adamw(judges.values(), cfg))
+    judges = {"train": Judge(JudgeConfig(kind="attend", **shape)).to(device),
+              "heldout": Judge(JudgeConfig(kind="convolve", **shape)).to(device)}
+    text = TextTokens()
+    text.encode_prompts(pairs.flat_prompts(), JudgeConfig.n_text)       # none is too long
+    loop.start(judges, muon_and_adamw(judges.values(), cfg))
     for step in loop:
-        losses, rights = {}, {}
+        metrics = {}
         for n, (name, judge) in enumerate(judges.items()):
-            rng, _ = step_random(replace(cfg, seed=cfg.seed + 1000 * n), "reward", step)                # each judge sees pairs of its own
+            # Each judge sees pairs of its own.
+            rng, _ = step_random(replace(cfg, seed=cfg.seed + 1000 * n), "reward", step)
             chosen = rng.integers(len(pairs), size=cfg.batch)
-            images = loop.guarded(step, lambda: pairs.load(chosen))                                      # (P, 2, H, W, 3)
-            x = rearrange(from_pixels(images.reshape(-1, *images.shape[2:]), device), "(p i) c h w -> p i c h w", i=2)
-            renderings = x.clone()
-            with torch.no_grad():                       # half the pairs as the policy would draw them: through the tokenizer
-                half = cfg.batch // 2
-                x[:half] = vq.decode(codes[chosen[:half]].to(device).flatten(0, 1)).clamp(-1, 1).view_as(x[:half])
-            prompts = tokens_of([text for i in chosen for text in pairs.prompts[i]], judge.cfg.n_text, device)
-            with autocast(cfg, device):
-                losses[name], rights[name] = judge_loss(judge, x, rearrange(prompts, "(p i) t -> p i t", i=2),
-                                                        renderings if step >= cfg.splices_from else None, rng)
-        norm = loop.update(step, sum(losses.values()))
-        loop.log(step, ("loss_train", "loss_heldout"), grad_norm=norm, **{f"loss_{k}": v for k, v in losses.items()}, **{f"accuracy_{k}": v for k, v in rights.items()})
-    test = pairworld(300, "test", 2) if not cfg.data else pairs
-    images = test.load(np.arange(min(300, len(test))))
-    seen = decode_ids(vq, encode_images(vq, images.reshape(-1, *images.shape[2:]), device)).reshape(images.shape)
-    test = PairSet(test.prompts[:300], images, test.categories[:300])
-    for name, judge in judges.items():
-        for kind, shown in (("renderings", images), ("reconstructions", seen)):
-            report = judge_report(NetworkJudge(judge, device), shown, test)
-            append_log(cfg, {"stage": "reward", "judge": name, "on": kind, "report": report})
-            print(f"{name} judge, {'training' if cfg.data else 'held-out'} {kind}: {show(report)}")
+            renderings = from_pixels(images_of(pairs, chosen), device)
+            renderings = rearrange(renderings, "(p i) c h w -> p i c h w", i=2)
+            # Half of the pairs as the policy would draw them: through the tokenizer.
+            images = renderings.clone()
+            half = cfg.batch // 2
+            with torch.no_grad():
+                drawn = vq.decode(codes[chosen[:half]].to(device).flatten(0, 1)).clamp(-1, 1)
+            images[:half] = drawn.view_as(images[:half])
+            prompts = [prompt for i in chosen for prompt in pairs.prompts[i]]
+            ids = torch.from_numpy(text.encode_prompts(prompts, judge.cfg.n_text)).to(device)
+            ids = rearrange(ids, "(p i) t -> p i t", i=2)
+            with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(cfg.dtype, device)):
+                spliced = renderings if step >= cfg.splices_from else None
+                loss, accuracy = judge_loss(judge, images, ids, spliced, rng)
+            loss.backward()
+            metrics[f"loss_{name}"] = loss
+            metrics[f"accuracy_{name}"] = accuracy
+        grad_norm = loop.optimizer_step(step)
+        loop.log(step, **metrics, grad_norm=grad_norm)
+    report_judges(cfg, vq, judges, pairs, device, loop)
     save_judges(Path(cfg.out) / "reward.safetensors", judges)
     loop.finish()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 4
+def report_judges(cfg, vq, judges, pairs, device, loop):
+    """Accuracy and calibration on images as they are, and as they come back from the tokenizer."""
+    test = pairs if cfg.data else pairworld(300, "test", 2)
+    images = test.load(np.arange(min(300, len(test))))                  # (P, 2, H, W, 3)
+    ids = encode_images(vq, images.reshape(-1, *images.shape[2:]), device)
+    again = decode_ids(vq, ids).reshape(images.shape)
+    test = PairSet(test.prompts[:300], images, test.categories[:300])
+    for name, judge in judges.items():
+        for kind, shown in (("renderings", images), ("reconstructions", again)):
+            report = judge_report(NetworkJudge(judge, device), shown, test)
+            loop.report(judge=name, on=kind, report=report)
+            split = "training" if cfg.data else "held-out"
+            print(f"{name} judge, {split} {kind}: {show(report)}")
 
-def train_ppo(cfg, resume):
-    device, out = pick_device(cfg.device), Path(cfg.out)
-    vq, policy = load_policy(out, "pretrain", device)
-    policy.float().recompute = cfg.recompute            # fp32 master weights; the reference stays as it is stored
-    policy.bf16 = bf16(cfg, device)
-    reference = load_policy(out, "pretrain", device)[1].requires_grad_(False)
-    dtypes = {k: v.dtype for k, v in reference.state_dict().items()}
-    if not bf16(cfg, device):
-        reference.float()
-    cfg, judges = judges_of(cfg, device)
-    pairs = training_pairs(cfg, vq.cfg.image_size, bare=cfg.mine == 1)      # `told_apart` looks at every pair's pictures
-    lone = read_prompts(cfg.prompts) if cfg.prompts else None
-    test, quick_test = (tested_pairs(cfg, n) for n in (cfg.eval_pairs, cfg.quick_pairs))
-    for told in filter(None, (pairs, lone, test)):
-        training_texts(told, policy.cfg.n_text, policy.text)
-        if not cfg.judge:
-            training_texts(told, JudgeConfig.n_text)
-    for model in (policy, reference):
-        maybe_compile(model, cfg)
-    together = cfg.rollout_pairs or (-(-cfg.pairs // 4) if cfg.judge and judges["train"].remote else cfg.pairs)
-    empty, pi = empty_ids(policy), dict(guidance=cfg.guidance, temperature=cfg.temperature)
-    loop = Loop("ppo", cfg, resume, {"model": policy}, [adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)])
-    before = None if test is None else tested(reference, vq, judges, test, cfg)
+
+# -- Stage 4 ---------------------------------------------------------------------------------------
+def train_ppo(cfg, loop, algo=ppo):
+    """algo: ppo.py, or a module (or object) with the same functions: your fork of it."""
+    device, P, G = pick_device(cfg.device), cfg.pairs, cfg.samples
+    vq, policy = load_policy(cfg.out, "pretrain", device, cfg.dtype)
+    policy.float().recompute = cfg.microbatch > 0                       # fp32 master weights
+    _, reference = load_policy(cfg.out, "pretrain", device, cfg.dtype)
+    reference.requires_grad_(False)
+    reference.bf16 = False
+    judges = open_judges(cfg, device)                                   # train, heldout, oracle
+    pairs = training_pairs(cfg, vq.cfg.image_size, SHORT)
+    unpaired = read_prompts(cfg.prompts) if cfg.prompts else None
+    test = BeforeAfter(cfg, vq, judges)
+    check_ppo_prompts(cfg, policy, [pairs, unpaired, test.pairs])
+    sampling = dict(empty=empty_ids(policy), guidance=cfg.guidance, temperature=cfg.temperature)
+    n_questions = len(inspect.signature(algo.REWARDS[cfg.reward]).parameters)
+    loop.start({"model": policy}, [adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)])
+    test.before(reference)
+
     for step in loop:
-        extra = {}
-        if test is not None and step % cfg.eval_every == 0:                                             # at step 0: the base model
-            quick = loop.guarded(step, lambda: tested(policy, vq, judges, quick_test, cfg)[0])
-            extra["test"] = {name: quick[name]["average"] for name in (*judges, "pair_accuracy") if name in quick}
-
-        # The step's prompts, and which of them are shown ground truth
         rng, generator = step_random(cfg, "ppo", step, device)
-        chosen = rng.integers(len(pairs), size=cfg.mine * cfg.pairs)
-        if cfg.mine > 1:                                # keep the pairs that the policy confuses most
-            images = loop.guarded(step, lambda: pairs.load(chosen))
-            with autocast(cfg, device):
-                margins = told_apart(policy, vq, images, [text for i in chosen for text in pairs.prompts[i]], empty, pi)
-            chosen = chosen[margins.argsort(stable=True)[:cfg.pairs].numpy()]
-        prompts, has_truth = [pairs.prompts[i] for i in chosen], pairs.has_images(chosen)
-        if lone:
-            for p in np.flatnonzero(rng.random(cfg.pairs) < cfg.prompts_share):
-                prompts[p], has_truth[p] = lone.prompts[rng.integers(len(lone))], False
-        texts, twins = [text for two in prompts for text in two], [text for two in prompts for text in two[::-1]]
-        truth_p = ground_truth_probability(step, cfg.truth_full_until, cfg.truth_low_at, cfg.truth_zero_at) if step >= cfg.truth_start else 0.0
-        use_truth = torch.from_numpy((rng.random((cfg.pairs, 2)) < truth_p) & has_truth[:, None]).to(device)
+        metrics = test.quick(policy) if step % cfg.eval_every == 0 else {}
 
         with torch.no_grad():
-            # Rollout: sample G pictures for each of 2P prompts, mix the ground truth in and have them judged, each by its own prompt and, if
-            # asked, by its twin's. A judge on a server answers for some of the pairs while the next are drawn
-            ids = rearrange(tokens_of(texts, policy.cfg.n_text, device, policy.text), "(p i) t -> p i t", i=2)     # (P, 2, T)
-            ids, rollout, answers = repeat(ids, "p i t -> p i g t", g=cfg.samples), [], []
-            asked = (texts, twins) if cfg.reward in ("product", "margin", "shared") or cfg.choice else (texts,)
+            # 1. Rollout: G images for each of 2P prompts. Rows are (pair, prompt, sample)
+            chosen, drawn, has_images = draw_pairs(rng, pairs, unpaired, P)
+            prompts = [prompt for pair in drawn for prompt in pair]                     # 2P
+            prompt_ids = policy.prompt_ids(prompts).repeat_interleave(G, 0)             # (B, T)
+            tokens, old_logprobs = generate(policy, prompt_ids[::G], samples=G,         # (B, N)
+                                            generator=generator, batch=8 * cfg.microbatch,
+                                            **sampling)
+
+            # 2. Ground truth: a pair's own images replace two samples of a prompt
+            p_truth = algo.ground_truth_probability(step, *cfg.ground_truth)
+            use_truth = (rng.random((P, 2)) < p_truth) & has_images[:, None]
+            replaced = torch.zeros(len(tokens), dtype=torch.bool, device=device)        # (B,)
             if use_truth.any():
-                images = loop.guarded(step, lambda: pairs.load(chosen))
-                with autocast(cfg, device):                                                             # in bf16 on cuda
-                    truth = rearrange(encode_images(vq, images.reshape(-1, *images.shape[2:]), device), "(p i) n -> p i n", i=2)
-            for part in torch.arange(cfg.pairs).split(together):
-                with autocast(cfg, device):
-                    drawn = generate(policy, ids[part, :, 0].flatten(0, 1), empty, cfg.samples, generator=generator, **pi)
-                tokens, old_logprobs = (rearrange(t, "(p i g) n -> p i g n", i=2, g=cfg.samples) for t in drawn)
-                origin = torch.full(tokens.shape[:3], SAMPLED, device=device)                           # (P of the part, 2, G)
-                if use_truth.any():
-                    tokens, origin = mix_ground_truth(tokens, truth[part], use_truth[part], cfg.truth_twin)
-                pictures = decode_ids(vq, tokens.flatten(0, 2))                                         # (P*2*G, H, W, 3)
-                rollout.append((tokens, old_logprobs, origin, torch.from_numpy(pictures)))
-                rows = [2 * p + i for p in part.tolist() for i in range(2) for _ in range(cfg.samples)]     # of the 2P prompts
-                answers.append(loop.guarded(step, lambda: [submit(judges["train"], pictures, [told[row] for row in rows]) for told in asked]))
-            tokens, old_logprobs, origin, pictures = map(torch.cat, zip(*rollout))                      # (P, 2, G, ...), pictures (2PG, H, W, 3)
-            pictures = pictures.numpy()
-            with autocast(cfg, device):                 # while the last part is judged
-                if use_truth.any():
-                    rows = origin != SAMPLED            # nobody sampled these; the policy of the rollout stands in for pi_old
-                    old_logprobs[rows] = score(policy, ids[rows], tokens[rows], empty, **pi)[0]
-                ref_logprobs = score(reference, ids.flatten(0, 2), tokens.flatten(0, 2), empty, **pi)[0].view_as(old_logprobs) if cfg.beta else None
-            answers = loop.guarded(step, lambda: [torch.cat([ready() for ready in told]).to(device).view_as(origin) for told in zip(*answers)])
-            own, twin = answers[0], answers[-1]         # (P, 2, G)
-            if lone:                                    # a prompt without a twin has nothing to be told from
-                twin = torch.where(torch.tensor([a == b for a, b in prompts], device=device)[:, None, None], 0.0, twin)
-            rewards = pair_reward(own, twin, cfg.reward)                                                # (P, 2, G)
+                truth = encode_pairs(vq, pairs, chosen, device)                         # (P, 2, N)
+                use_truth = torch.from_numpy(use_truth).to(device)
+                tokens, replaced = algo.mix_ground_truth(tokens, truth, use_truth)
+                # Nobody sampled these: the policy of the rollout scores them
+                old_logprobs[replaced] = score(policy, prompt_ids[replaced], tokens[replaced],
+                                               **sampling)[0]
 
-            weights = 1.0
-            if cfg.difference:
-                with autocast(cfg, device):
-                    divergence = difference_of(cfg, policy, empty, ids, tokens, pictures, prompts, generator)
-                weights = difference_weights(divergence, cfg.difference, cfg.difference_cap).view_as(old_logprobs)
-            advantages = token_advantages(rewards, choice_reward(own, twin), origin, weights, cfg).expand_as(old_logprobs)
+            # 3. Reward: the judge scores each image for its own prompt, perhaps for its twin's too
+            images = decode_ids(vq, tokens)                                     # (B, H, W, 3)
+            asked = [prompt for prompt in prompts for _ in range(G)]
+            twins = [prompt for pair in drawn for prompt in pair[::-1] for _ in range(G)]
+            answers = [submit(judges["train"], images, asked_of)
+                       for asked_of in (asked, twins)[:n_questions]]
+            ref_logprobs, _ = score(reference, prompt_ids, tokens, **sampling)  # meanwhile
+            scores = [answer().to(device).view(P, 2, G) for answer in answers]
+            is_pair = torch.tensor([a != b for a, b in drawn], device=device)[:, None, None]
+            rewards = torch.where(is_pair, algo.REWARDS[cfg.reward](*scores), scores[0])
 
-        def loss_of(rows):
-            """The loss over some of the rollout's sequences, rows of the flattened (P, 2, G)."""
-            at = lambda t: None if t is None else t.flatten(0, 2)[rows]
-            with autocast(cfg, device):
-                newlogprobs, entropy = score(policy, at(ids), at(tokens), empty, **pi)
-            shaped, held = at(origin) != SAMPLED if cfg.truth_shape else None, None if cfg.truth_kl else at(origin) == SAMPLED
-            return *ppo_loss(newlogprobs, at(old_logprobs), at(ref_logprobs), at(advantages), cfg.clip, cfg.beta, shaped, cfg.truth_shape, held), entropy
+            # 4. Advantage: one number an image, times a weight a token with --difference
+            weights = None
+            if cfg.difference > 0:
+                twin_ids = prompt_ids.view(P, 2, G, -1).flip(1).flatten(0, 2)           # (B, T)
+                d_t = algo.prompt_divergence(policy, prompt_ids, twin_ids, tokens, **sampling)
+                weights = algo.difference_weights(d_t.view(P, 2, G, -1), cfg.difference)
+            advantages = algo.token_advantages(rewards, weights, cfg.advantage) # (B, N or 1)
 
-        if use_truth.any() and step % cfg.eval_every == 0:
-            extra["grad_norm_of"] = gradient_norms(policy, lambda rows: loss_of(rows)[0], origin.flatten())
-
-        # Update: minibatches of whole pairs
-        stats, kl_rows, whole = [], torch.zeros(origin.numel(), device=device), torch.arange(origin.numel(), device=device).view(cfg.pairs, -1)
+        # 5. Update: minibatches of whole pairs, in microbatches that fit in memory
+        stats, pair_rows = [], torch.arange(len(tokens), device=device).view(P, 2 * G)
         for _ in range(cfg.epochs):
-            for mb in torch.from_numpy(rng.permutation(cfg.pairs)).split(cfg.pairs // cfg.minibatches):
-                rows, parts = whole[mb].flatten(), []
+            for minibatch in torch.from_numpy(rng.permutation(P)).chunk(cfg.minibatches):
+                rows = pair_rows[minibatch].flatten()
+                for mb in rows.split(cfg.microbatch or len(rows)):
+                    logprobs, entropy = score(policy, prompt_ids[mb], tokens[mb], **sampling)
+                    loss, mb_stats = algo.ppo_loss(logprobs, old_logprobs[mb], ref_logprobs[mb],
+                                                   advantages[mb], cfg.clip, cfg.beta, replaced[mb])
+                    (loss * (len(mb) / len(rows))).backward()
+                    stats.append(mb_stats | {"entropy": entropy.mean()})
+                stats[-1]["grad_norm"] = loop.optimizer_step(step)
 
-                def losses():
-                    for some in rows.chunk(cfg.accumulate):
-                        loss, values, kl_rows[some], entropy = loss_of(some)
-                        share = len(some) / len(rows)
-                        parts.append((share, values | {"entropy": entropy.mean()}))
-                        yield loss * share
-                norm = loop.update(step, losses(), cfg.grad_clip)
-                values = {k: sum(share * v[k] for share, v in parts) for k in parts[0][1]}
-                stats.append(values | {"ratio_max": max(v["ratio_max"] for _, v in parts), "grad_norm": norm})
-        mean = {k: torch.stack([s[k] for s in stats]).mean() for k in stats[0]}
-        sampled = origin == SAMPLED
-        if not sampled.all():
-            extra["kl_of"] = {name: kl_rows[(origin == kind).flatten()].mean().item() for name, kind in ORIGINS.items() if (origin == kind).any()}
+        # 6. Log
+        sampled = scores[0].flatten()[~replaced]
+        flat = rewards.std(2, correction=0) < 1e-3
+        loop.log(step, reward=sampled.mean(), **average(stats), **metrics,
+                 truth_probability=p_truth, reward_std=sampled.std(correction=0),
+                 frac_zero_std=flat.float().mean())
         if (step + 1) % cfg.eval_every == 0:
-            save_picture(cfg, f"ppo_{step + 1:04d}.png", pictures[cfg.samples - 1::cfg.samples][:16], texts[:16], scale=5)
-        flat_groups = rewards.std(2, correction=0) < 1e-3
-        loop.log(step, ("reward", "kl", "entropy", "clipfrac"), reward=own[sampled].mean(), reward_std=own[sampled].std(correction=0), truth_probability=truth_p,
-                 frac_zero_std=flat_groups.float().mean(), **mean, **extra)
-    if test is not None:
-        finish_benchmark(cfg, policy, reference, vq, judges, test, before)
-    save_weights(out / "ppo.safetensors", stored_as(policy.state_dict(), dtypes), config=asdict(policy.cfg))
+            save_samples(cfg, f"ppo_{step + 1:04d}.png", images[G - 1::G][:16], prompts[:16], 8, 5)
+
+    test.after(policy, curve_of(loop))
+    save_policy(cfg.out, "ppo", policy)
     loop.finish()
-    print(f"curves: {draw_curves(out)}")
 
 
-@torch.no_grad()
-def told_apart(policy, vq, images, texts, empty, pi):
-    """How well the policy tells n pairs' two pictures apart by their prompts: the mean over both of log pi(I | T) - log pi(I | T'), T' the
-    twin's prompt. Low where it confuses them. images (n, 2, H, W, 3) uint8, 2n strings -> (n,) nats a picture, on the CPU. Nothing is
-    sampled and no judge is asked."""
-    device = policy.embed_tokens.weight.device
-    tokens = encode_images(vq, images.reshape(-1, *images.shape[2:]), device)                           # (2n, N)
-    own = tokens_of(texts, policy.cfg.n_text, device, policy.text)
-    twin = rearrange(own, "(p i) t -> p i t", i=2).flip(1).flatten(0, 1)
-    right, wrong = (score(policy, ids, tokens, empty, **pi)[0].sum(-1) for ids in (own, twin))          # (2n,)
-    return (right - wrong).view(-1, 2).mean(1).cpu()
-
-
-def judges_of(cfg, device):
-    """The settings, with every judge's model in its name, and {"train", "heldout", "oracle": judge}: the run's own, or in their place
-    those of --judge and --heldout-judge. With --judge alone nobody is held out."""
-    server = dict(workers=cfg.judge_workers, timeout=cfg.judge_timeout, retries=cfg.judge_retries)
-    judges = {"oracle": OracleJudge()} if cfg.judge else load_judges(Path(cfg.out), device)
+def open_judges(cfg, device):
+    """{"train", "heldout", "oracle": judge}: the run's own, or --judge and --heldout-judge. With
+    --judge alone nobody is held out, and the oracle reads PairWorld alone."""
+    judges = {} if cfg.judge else load_judges(cfg.out, device)
+    if cfg.judge or cfg.heldout_judge:
+        from extras.judges import open_judges as open_elsewhere
     if cfg.judge:
-        judges["train"] = open_judges(cfg.judge, device, cfg.judge_full_stop, **server)
-        cfg = replace(cfg, judge=judges["train"].names)
+        judges["train"] = open_elsewhere(cfg.judge, device)
     if cfg.heldout_judge:
-        judges["heldout"] = open_judges([cfg.heldout_judge], device, **server)
-        cfg = replace(cfg, heldout_judge=judges["heldout"].names[0])
-    told = ("train", "heldout") if cfg.test else ("train", "heldout", "oracle")      # the oracle reads PairWorld alone
-    return cfg, {name: judges[name] for name in told if name in judges}
+        judges["heldout"] = open_elsewhere([cfg.heldout_judge], device)
+    judges["oracle"] = OracleJudge()
+    names = ("train", "heldout") if cfg.test else ("train", "heldout", "oracle")
+    return {name: judges[name] for name in names if name in judges}
 
 
-def difference_of(cfg, policy, empty, ids, tokens, pictures, prompts, generator):
-    """What the difference-aware weights are made of: D_t, or one of its controls. ids (P, 2, G, T), tokens (P, 2, G, N) -> (P*2*G, N)."""
-    flat = tokens.flatten(0, 2)
-    if cfg.difference_from == "random":
-        return (torch.rand(flat.shape, generator=generator, device=flat.device) < 0.3).float()
-    if cfg.difference_from == "mask":
-        told = [two for two in prompts for _ in range(2 * cfg.samples)]
-        return torch.from_numpy(shown_in(pictures, told, math.isqrt(flat.shape[1]))).flatten(1).float().to(flat.device)
-    divergence = prompt_divergence(policy, ids.flatten(0, 2), ids.flip(1).flatten(0, 2), flat, empty, cfg.guidance, cfg.temperature)
-    if cfg.difference_spread:
-        divergence = spread_difference(divergence, math.isqrt(flat.shape[1]), cfg.difference_spread)
-    if cfg.difference_from == "shuffled":
-        return divergence.gather(1, torch.rand(flat.shape, generator=generator, device=flat.device).argsort(1))
-    return divergence
+def check_ppo_prompts(cfg, policy, sets):
+    """No prompt of these sets is too long, for the policy and for the small judges."""
+    for pairs in sets:
+        if pairs is not None:
+            policy.prompt_ids(pairs.flat_prompts())
+            if not cfg.judge:
+                TextTokens().encode_prompts(pairs.flat_prompts(), JudgeConfig.n_text)
 
 
-def gradient_norms(policy, loss_of, origin):
-    """Norm of what the sequences of each origin add to the gradient of a rollout. loss_of: rows -> their mean loss; origin (B,)."""
-    norms = {}
-    for name, kind in ORIGINS.items():
-        rows = (origin == kind).nonzero()[:, 0]
-        if len(rows):
-            gradients = torch.autograd.grad(loss_of(rows) * len(rows) / len(origin), list(policy.parameters()))
-            norms[name] = torch.stack([g.norm() for g in gradients]).norm().item()
-    return norms
+def draw_pairs(rng, pairs, unpaired, n):
+    """n random pairs: their indices (n,), their prompts, and which of them have images (n,). Some
+    are replaced by an unpaired prompt, which is a pair with itself."""
+    chosen = rng.integers(len(pairs), size=n)
+    prompts = [pairs.prompts[i] for i in chosen]
+    has_images = pairs.has_images(chosen)
+    if unpaired is not None:
+        for p in np.flatnonzero(rng.random(n) < PROMPTS_SHARE):
+            prompts[p] = unpaired.prompts[rng.integers(len(unpaired))]
+            has_images[p] = False
+    return chosen, prompts, has_images
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-TRAIN = {"tokenizer": train_tokenizer, "pretrain": train_pretrain, "reward": train_reward, "ppo": train_ppo}
-
-
-def overview():
-    lines = ["python train.py --stage STAGE trains one of (minutes on two CPU cores, preset tiny):"]
-    for stage in STAGES:
-        needs = f"needs {', '.join(NEEDS[stage])}" if NEEDS[stage] else "needs nothing"
-        lines.append(f"  {stage:10} about {MINUTES[stage]:g} min, {needs}")
-    lines.append("A missing earlier stage is trained first: `python train.py --stage ppo` is the whole way. --stage STAGE --help lists the flags.")
-    return "\n".join(lines)
+def curve_of(loop):
+    """The quick tests of a run, out of its log."""
+    return [{"step": e["step"], **e["test"]} for e in loop.entries() if "test" in e]
 
 
-def needed(stage, cfg):
-    """The stages that this one builds on; with a judge from elsewhere PPO trains none."""
-    return [s for s in NEEDS[stage] if s != "reward" or not getattr(cfg, "judge", [])]
+# -- Command line ----------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
 
 
-def copy_base(base, out, stages):
-    """The earlier stages' weights of another run; those that are in `out` already must be the same."""
-    for name in [*(f"{stage}.safetensors" for stage in stages), *(["text.json"] if (base / "text.json").exists() else [])]:
-        if not (base / name).is_file():
-            raise UserError(f"--base {base}: has no {name}")
-        if (out / name).exists() and (out / name).read_bytes() != (base / name).read_bytes():
-            raise UserError(f"--base {base}: {out / name} is there already and another; choose another --out")
-        write_atomically(out / name, (base / name).read_bytes())
+def parse(argv):
+    """Command line -> (stage or None, resume, settings of the stage, name of the preset)."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--stage", choices=list(STAGES))
+    first.add_argument("--preset", choices=list(PRESETS))
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--out")
+    known, rest = first.parse_known_args(argv)
+    preset = known.preset or folder_preset(known.out)
+    help_asked = "-h" in rest or "--help" in rest
+    if known.stage is None and not help_asked:
+        if rest:
+            refuse_moved(rest[0])
+            raise UserError(f"{rest[0]}: say which stage it is for: --stage {'|'.join(STAGES)}")
+        return None, False, None, preset
+    stage = known.stage or "ppo"
+    parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=list(STAGES), help="which stage to train; its flags "
+                        "follow, all of them with --stage STAGE --help")
+    parser.add_argument("--preset", choices=list(PRESETS),
+                        help="tiny, smoke or janus (the run folder's, else tiny)")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished stage")
+    defaults = replace(STAGES[stage](), **PRESETS[preset][stage])
+    for f in fields(defaults):
+        add_flag(parser, f, getattr(defaults, f.name))
+    check_names(rest, parser, stage)
+    args = vars(parser.parse_args(argv))
+    cfg = STAGES[stage](**{f.name: args[f.name] for f in fields(defaults)})
+    check(cfg)
+    return stage, known.resume, cfg, preset
+
+
+def folder_preset(out):
+    """The preset with which a run folder was begun; a checkpoint's folder has its own."""
+    path = Path(out or "") / "config.json"
+    if out is None or not path.is_file():
+        return "tiny"
+    return read_json(path, "config of the run").get("preset", "tiny")
+
+
+def add_flag(parser, f, value):
+    kind = {"type": type(value), "metavar": type(value).__name__.upper()}
+    if f.name == "ground_truth":
+        kind = {"type": int, "nargs": 3, "metavar": ("FULL", "LOW", "ZERO")}
+    elif isinstance(value, list):
+        kind = {"action": "append", "metavar": "JUDGE"}
+    shown = str(value or "none").replace("%", "%%")
+    text = f"{f.metadata['help']} ({shown}; {f.metadata['origin']})"
+    parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, default=value, help=text,
+                        **kind)
+
+
+def refuse_moved(name):
+    """UserError for a flag of earlier versions: it names what does its work now."""
+    from extras.moved import MOVED
+    if name in MOVED:
+        raise UserError(f"{name} is gone: use {MOVED[name]}")
+
+
+def check_names(words, parser, stage):
+    """UserError for an unknown flag, with the nearest one that exists."""
+    flags = [option for action in parser._actions for option in action.option_strings]
+    for word in words:
+        name = word.split("=")[0]
+        if name.startswith("--") and name not in flags:
+            refuse_moved(name)
+            near = difflib.get_close_matches(name, flags, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown flag {name} for stage {stage}; {hint}")
+
+
+def check(cfg):
+    """UserError for a value that no stage can use."""
+    def bad(name, problem):
+        raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: should {problem}")
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if value not in f.metadata.get("choices", [value]):
+            bad(f.name, f"be one of {', '.join(f.metadata['choices'])}")
+        if "least" in f.metadata and value < f.metadata["least"]:
+            bad(f.name, f"be at least {f.metadata['least']}")
+    units = {"n_embd": 2 * getattr(cfg, "n_head", 1), "ch": VQConfig.norm_groups, "width": 8}
+    for name, unit in units.items():
+        if getattr(cfg, name, 0) % unit:
+            bad(name, f"be a multiple of {unit}")
+    if isinstance(cfg, PPO):
+        check_ppo(cfg, bad)
+
+
+def check_ppo(cfg, bad):
+    full, low, zero = cfg.ground_truth
+    if not 0 <= full <= low <= zero:
+        bad("ground_truth", "be three rising numbers of rollouts; 0 0 0 switches it off")
+    if zero and cfg.samples < 3:
+        bad("samples", "be at least 3, since ground truth replaces 2 of them")
+    if cfg.pairs % cfg.minibatches:
+        bad("minibatches", f"divide --pairs {cfg.pairs}")
+    specs = [*cfg.judge, *([cfg.heldout_judge] if cfg.heldout_judge else [])]
+    if specs:
+        from extras.judges import check_spec
+        for spec in specs:
+            check_spec(spec)
+    if cfg.heldout_judge and cfg.data and not cfg.test:
+        raise UserError("--heldout-judge: has nothing to test on with --data; give --test "
+                        "PairComp.json too, or score images after training")
+
+
+# --------------------------------------------------------------------------------------------------
+
+TRAIN = {"tokenizer": train_tokenizer, "pretrain": train_pretrain, "reward": train_reward,
+         "ppo": train_ppo}
+
+
+def missing_stages(stage, cfg, preset):
+    """What has to be trained first. With --judge nobody needs the small judges."""
+    needed = [s for s in NEEDS[stage] if s != "reward" or not getattr(cfg, "judge", [])]
+    if getattr(cfg, "init", ""):
+        needed = []                     # the tokenizer comes with the base model
+    missing = [s for s in needed if not (Path(cfg.out) / f"{s}.safetensors").exists()]
+    if preset == "janus" and missing == ["reward"]:
+        raise UserError("say who judges: --judge URL or transformers:DIR (PairWorld's small judges "
+                        "can be trained first, by --stage reward)")
+    if preset == "janus" and "tokenizer" in missing:
+        raise UserError(f"--preset janus: {cfg.out} holds no checkpoint; make it with python -m "
+                        "extras.janus --import DIR --out RUN")
+    return missing
+
+
+def begin_folder(cfg, stage, preset):
+    """Make the run folder. UserError if the stage is trained there already."""
+    out = Path(cfg.out)
+    make_folder(out)
+    if (out / f"{stage}.safetensors").exists() and not (out / f"{stage}.state").exists():
+        raise UserError(f"{out / stage}.safetensors is there already; choose another --out, or "
+                        f"delete it to train {stage} again")
+    path = out / "config.json"
+    config = read_json(path, "config of the run") if path.exists() else {}
+    write_json(path, {"preset": preset} | config)
 
 
 def peak_memory():
-    """The process' largest resident size so far, where the system tells it."""
+    """The process' largest resident size so far, where the system knows it."""
     try:
         import resource
-    except ImportError:                                 # Windows
+    except ImportError:                 # Windows
         return ""
     unit = 1 if sys.platform == "darwin" else 1024
-    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.2f} GB"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f", peak memory {peak / 2 ** 30:.2f} GB"
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--curves"]:
-        if len(argv) != 2 or not (Path(argv[1]) / "log.jsonl").is_file():
-            raise UserError("--curves RUN: wants one run folder, with a log.jsonl in it")
-        print(f"curves: {draw_curves(Path(argv[1]))}")
-        return
-    stage, resume, cfg, preset = parse(argv, __doc__)
+    stage, resume, cfg, preset = parse(sys.argv[1:] if argv is None else argv)
     if stage is None:
-        print(overview())
+        print(__doc__)
+        print("\n".join(f"{name}: about {MINUTES[name]:g} min on two CPU cores, preset tiny; needs "
+                        f"{', '.join(NEEDS[name]) or 'nothing'}" for name in STAGES))
         return
-    out = Path(cfg.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {out}: cannot be made ({e.strerror})") from e
-    if (out / f"{stage}.safetensors").exists() and not (out / f"{stage}.state").exists():
-        raise UserError(f"{out / stage}.safetensors is there already; choose another --out, or delete it to train {stage} again")
-    if stage == "ppo" and not (out / "ppo.state").exists():              # a judge that is not there is told before anything is made
-        open_judges([spec for spec in [*cfg.judge, cfg.heldout_judge] if spec and not spec.startswith("transformers:")], retries=cfg.judge_retries)
-    if stage == "ppo" and cfg.base:
-        copy_base(Path(cfg.base), out, needed(stage, cfg))
-    if preset == "janus" and "reward" in needed(stage, cfg) and not (out / "reward.safetensors").exists():
-        raise UserError("--janus: say who judges, --judge URL or transformers:DIR (PairWorld's small judges can be trained first, by --stage reward)")
-    if cfg.janus:                                       # tokenizer and base model come with the checkpoint
-        import_janus(cfg.janus, out, policy=stage == "ppo")
-    missing = [s for s in needed(stage, cfg) if not (out / f"{s}.safetensors").exists()]
-    if preset == "janus" and "tokenizer" in missing:
-        raise UserError("--preset janus: give --janus DIR, a Janus checkpoint")
-    if missing and preset == "tiny":
-        print(f"{', '.join(missing)}: missing in {out}, trained first. About {sum(MINUTES[s] for s in [*missing, stage]):g} minutes in all on two CPU cores.")
-    elif missing:
-        print(f"{', '.join(missing)}: missing in {out}, trained first.")
+    if stage == "ppo" and (cfg.judge or cfg.heldout_judge):
+        from extras.judges import name_judges
+        cfg = name_judges(cfg)
+    begin_folder(cfg, stage, preset)
+    missing = missing_stages(stage, cfg, preset)
+    if missing:
+        minutes = sum(MINUTES[s] for s in [*missing, stage])
+        time_needed = f" About {minutes:g} minutes in all on two CPU cores." * (preset == "tiny")
+        print(f"{', '.join(missing)}: missing in {cfg.out}, trained first.{time_needed}")
     for name in [*missing, stage]:
-        shared = {f.name: getattr(cfg, f.name) for f in fields(Common) if f.name != "extra"}            # which belongs to a stage
-        own = cfg if name == stage else replace(STAGES[name](), **{**PRESETS[preset][name], **shared})
+        shared = {f.name: getattr(cfg, f.name) for f in fields(Common)}
+        own = cfg if name == stage else STAGES[name](**{**PRESETS[preset][name], **shared})
         print(f"{name}: {own}")
         began = time.time()
-        try:
-            TRAIN[name](own, resume)
-        except JudgeError as e:                         # before the first step or after the last; between them see `Loop.guarded`
-            resumable = (out / f"{name}.state").exists()
-            raise UserError(f"{name}: {e}. " + (f"{out / name}.state is intact: mend it, then the same command with --resume" if resumable
-                                                else "Nothing was trained yet: mend it, then the same command again")) from e
+        with Loop(name, own, resume) as loop:
+            TRAIN[name](own, loop)
         print(f"{name}: done in {(time.time() - began) / 60:.1f} min{peak_memory()}")
+    if stage == "ppo":
+        from extras.plots import draw_curves
+        print(f"curves: {draw_curves(Path(cfg.out))}")
 
 
 if __name__ == "__main__":
@@ -471,7 +736,8 @@ if __name__ == "__main__":
         main()
     except UserError as e:
         sys.exit(f"error: {e}")
-    except OSError as e:                                # a full disk, most likely, under a log or a picture
+    except OSError as e:                # a full disk, most likely, under a log or an image
         sys.exit(f"error: {e}; what was saved before is intact, make room and go on with --resume")
     except KeyboardInterrupt:
-        sys.exit("stopped at once; what was saved before is intact, go on with the same command (and --resume, if a .state is there)")
+        sys.exit("stopped at once; what was saved before is intact, go on with the same command "
+                 "(and --resume, if there is a .state)")

@@ -1,8 +1,11 @@
-"""A small OpenAI-compatible server for test_build_pairs.py, a process of its own: python edit_server.py [N], which answers N requests and dies.
+"""A small OpenAI-compatible server for test_build_pairs.py, a process of its own.
 
-It sees what colour a picture has, by its middle, and speaks of nothing else. As a captioner it does what the instruction hints at;
-as a judge it answers yes to a description that names the picture's colour. Its first line of output is its port, and each request
-that it answers is a line after that."""
+    python tests/edit_server.py [N]         # answers N requests and dies
+
+It sees what color an image has, in the middle, and speaks of nothing else. As a captioner it does
+what the instruction hints; as a judge it answers yes to a description that names the color of the
+image. Its first line of output is its port, and each request that it answers is one more line.
+"""
 import base64
 import io
 import json
@@ -15,38 +18,50 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
 
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-left = int(sys.argv[1]) if len(sys.argv) > 1 else 10 ** 9
-busy, lock = set(), threading.Lock()                                    # busy: requests that were told once to come again
+COLORS = {(255, 0, 0): "red", (0, 255, 0): "green", (0, 0, 255): "blue"}
+left = int(sys.argv[1]) if len(sys.argv) > 1 else 10**9
+busy = set()  # requests that have been answered once with 503
+lock = threading.Lock()
 
 
-def colour(part):
+def color_of(part):
     kind, data = part["image_url"]["url"].split(",", 1)
     assert part["type"] == "image_url" and kind == "data:image/png;base64"
     image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
-    return {value: name for name, value in COLOURS.items()}[image.getpixel((image.width // 2, image.height // 2))]
+    return COLORS[image.getpixel((image.width // 2, image.height // 2))]
 
 
-def captions(one, two, instruction):
+def captions(before, after, instruction):
     if "garble" in instruction:
         return "I would rather talk about the weather { today }."
-    answer = {"followed": "ignored" not in instruction, "caption1": f"a {one} field", "caption2": f"a {two} field"}
+    caption1 = f"a {before} field"
+    caption2 = f"a {after} field"
     if "blind" in instruction:
-        answer |= {"caption1": "a green field", "caption2": "a  green \n field" if "same" in instruction else "a red or blue field"}
+        caption1 = "a green field"
+        same = "same" in instruction
+        caption2 = "a  green \n field" if same else "a red or blue field"
+    followed = "ignored" not in instruction
+    answer = {"followed": followed, "caption1": caption1, "caption2": caption2}
     return "Here you are:\n```json\n" + json.dumps(answer) + "\n```"
 
 
 def answer(body):
-    *pictures, text = body["messages"][0]["content"]
-    seen, words = [colour(p) for p in pictures], text["text"]
+    *images, text = body["messages"][0]["content"]
+    colors = [color_of(part) for part in images]
+    quoted = text["text"].split('"')[1]
     choice = {"index": 0, "finish_reason": "stop"}
     if body["max_tokens"] == 1:
-        assert body["logprobs"] and len(seen) == 1
-        yes = 0.9 if seen[0] in words.split('"')[1] else 0.1
-        top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in (("Yes", yes), ("No", 1 - yes))]
-        return "score", choice | {"message": {"role": "assistant", "content": "Yes"}, "logprobs": {"content": [top[0] | {"top_logprobs": top}]}}
-    assert len(seen) == 2
-    return "captions", choice | {"message": {"role": "assistant", "content": captions(*seen, words.split('"')[1])}, "logprobs": None}
+        assert body["logprobs"] and len(colors) == 1
+        yes = 0.9 if colors[0] in quoted else 0.1
+        top = []
+        for token, p in (("Yes", yes), ("No", 1 - yes)):
+            top.append({"token": token, "logprob": math.log(p), "bytes": None})
+        logprobs = {"content": [top[0] | {"top_logprobs": top}]}
+        message = {"role": "assistant", "content": "Yes"}
+        return "score", choice | {"message": message, "logprobs": logprobs}
+    assert len(colors) == 2
+    message = {"role": "assistant", "content": captions(*colors, quoted)}
+    return "captions", choice | {"message": message, "logprobs": None}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -61,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.reply(200, {"data": [{"id": "colours-1"}]})
+        self.reply(200, {"data": [{"id": "colors-1"}]})
 
     def do_POST(self):
         global left
@@ -73,11 +88,12 @@ class Handler(BaseHTTPRequestHandler):
                 os._exit(1)
             if not again:
                 left -= 1
-                what, choice = answer(json.loads(raw))
-                print(what, flush=True)
+                kind, choice = answer(json.loads(raw))
+                print(kind, flush=True)
         if again:
             return self.reply(503, {"error": "busy"})
-        self.reply(200, {"id": "1", "object": "chat.completion", "model": "colours-1", "choices": [choice]})
+        completion = {"id": "1", "object": "chat.completion", "model": "colors-1"}
+        self.reply(200, completion | {"choices": [choice]})
 
 
 server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

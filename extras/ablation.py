@@ -1,0 +1,661 @@
+"""Does looking at pairs help? Arms of PPO, run and compared; docs/ablation.md has the results.
+
+    python -m extras.ablation group-0 pair-0 group-1    # ARM-SEED ..., from --base runs/tiny
+    python -m extras.ablation group-7 --preset smoke --base runs/smoke --results runs/results
+    python -m extras.ablation --compare runs/ablation/pair-? --baseline runs/ablation/group-?
+    python -m extras.ablation --difference runs/tiny    # how well D_t finds the true difference
+
+An arm is a name, its settings of PPO, and an objective: ppo.py, or an object that has other
+functions in place of a few of its. All arms go through `train_ppo` of train.py. A run's folder is
+runs/ablation/ARM-SEED, its result docs/ablation/ARM-SEED.json: what paircomp.json holds, the commit
+and the machine that made it, and where PPO changed the policy. A run that was stopped goes on; one
+that has its result is left alone. Further settings of PPO are flags too, e.g. --steps 40.
+
+Shapes: P pairs, 2 prompts, G samples a prompt, B = P*2*G sequences, N image tokens of a grid x grid
+image. In a comparison: S seeds, P test pairs, R resamples.
+"""
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import zlib
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
+from itertools import takewhile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+
+import ppo
+import train
+from common import (Loop, UserError, load_module, make_folder, pick_device, read_json,
+                    write_atomically)
+from eval_paircomp import benchmark_pairs, category_means, text_table
+from extras.judges import name_judges
+from extras.plots import draw_comparison
+from model import load_policy, prompt_divergence, run_settings
+from pairworld import GRID, IMAGE_SIZE, different_attributes, difference_mask, read_cells
+from tokenizer import VQConfig, VQModel, decode_ids, encode_images
+
+# --------------------------------------------------------------------------------------------------
+# What the weights are made of: D_t, or something else in its place. All have the signature of
+# model.prompt_divergence: (policy, prompt_ids (B, T), twin_ids (B, T), tokens (B, N), **sampling)
+# -> (B, N).
+
+def spread_difference(divergence, grid, radius=1):
+    """The largest D_t among a token and its neighbors that are drawn before it, up to `radius`
+    tokens above and to the left (ours). divergence (B, N) -> (B, N).
+
+    D_t is large where the choice is made, at the first token of an object, and small in the rest of
+    the object, which follows from what is drawn. The difference is the whole object. Only earlier
+    tokens count, so that a weight still depends on the prefix alone."""
+    side = 2 * radius + 1
+    images = divergence.view(-1, 1, grid, grid)
+    windows = F.unfold(images, side, padding=radius)                    # (B, side*side, N)
+    until_token = side * side // 2 + 1      # a window goes row by row, the token is its middle
+    return windows[:, :until_token].amax(1)
+
+
+def spread(policy, prompt_ids, twin_ids, tokens, **sampling):
+    d_t = prompt_divergence(policy, prompt_ids, twin_ids, tokens, **sampling)
+    return spread_difference(d_t, math.isqrt(tokens.shape[1]))
+
+
+def shuffled(policy, prompt_ids, twin_ids, tokens, **sampling):
+    """The values of `spread`, each image's in a random order: a control."""
+    d_t = spread(policy, prompt_ids, twin_ids, tokens, **sampling)
+    return d_t.gather(1, random_like(tokens).argsort(1))
+
+
+def random_tokens(policy, prompt_ids, twin_ids, tokens, **sampling):
+    """1 on a random 30 % of the tokens, 0 elsewhere: a control."""
+    return (random_like(tokens) < 0.3).float()
+
+
+def random_like(tokens):
+    """Uniform numbers (B, N) seeded by the tokens, so that a resumed run draws them again. A
+    checksum knows nothing of rewards: no weight made of it leans towards good tokens."""
+    seed = zlib.crc32(tokens.cpu().numpy().tobytes())
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(tokens.shape, generator=generator).to(tokens.device)
+
+
+def oracle_mask(cfg):
+    """1 on the cells in which an image shows what its pair's prompts differ in, as the oracle sees
+    it: an upper bound, which no real data has. Unlike D_t it depends on the finished image."""
+    path = Path(cfg.out) / "tokenizer.safetensors"
+    vq = load_module(path, VQModel, VQConfig, pick_device(cfg.device))
+
+    def mask(policy, prompt_ids, twin_ids, tokens, **sampling):
+        prompts = [policy.text.decode(ids) for ids in prompt_ids.tolist()]
+        twins = [policy.text.decode(ids) for ids in twin_ids.tolist()]
+        cells = shown_in(decode_ids(vq, tokens), list(zip(prompts, twins)), vq.cfg.grid)
+        return torch.from_numpy(cells).flatten(1).float().to(tokens.device)
+
+    return mask
+
+
+# Kinds of cells that carry an attribute; those not listed are carried by the objects.
+CARRIERS = {"count": ["object", "style"], "relation": ["object", "ref"], "ref_color": ["ref"],
+            "ref_shape": ["ref"], "style": ["style"], "letter": ["letter"]}
+
+
+def shown_in(images, prompts, grid):
+    """Where an image of any quality shows what its pair's prompts differ in: the cells of the kind
+    that carries the attribute. images (B, 32, 32, 3) uint8, B tuples of a pair's two prompts ->
+    (B, grid, grid) bool, all False for an unpaired prompt, which is its own twin."""
+    out = np.zeros((len(images), GRID * GRID), bool)
+    for row, cells, pair in zip(out, read_cells(images), prompts):
+        if pair[0] == pair[1]:
+            continue
+        differing = {name for side in different_attributes(pair) for name in side}
+        carriers = {kind for name in differing for kind in CARRIERS.get(name, ["object"])}
+        row[:] = [kind in carriers for kind, *_ in cells]
+    size = grid // GRID                     # tokens a cell
+    return repeat(out, "b (y x) -> b (y i) (x j)", y=GRID, i=size, j=size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Objectives: what train_ppo calls in place of ppo.py
+
+def weights_from(source, cfg):
+    """ppo.py with its weights made of another source than D_t."""
+    return SimpleNamespace(**vars(ppo) | {"prompt_divergence": source})
+
+
+def weights_from_oracle(cfg):
+    return weights_from(oracle_mask(cfg), cfg)
+
+
+class TamedTruth:
+    """Ground truth that cannot pull hard: the own image alone, from rollout 10, with LUFFY's shaped
+    ratio (arXiv 2504.14945, eq. 6), and not counted in the mean and std of its pool."""
+    start = 10
+    gamma = 0.1
+
+    def __init__(self, cfg):
+        self.replaced = None            # (B,) of this rollout
+
+    def __getattr__(self, name):
+        return getattr(ppo, name)
+
+    def ground_truth_probability(self, step, *schedule):
+        self.replaced = None            # a new rollout
+        return ppo.ground_truth_probability(step, *schedule) if step >= self.start else 0.0
+
+    def mix_ground_truth(self, tokens, truth, use):
+        """tokens (B, N), truth (P, 2, N), use (P, 2) bool -> mixed (B, N), replaced (B,)."""
+        samples = tokens.view(*truth.shape[:2], -1, truth.shape[2]).clone()     # (P, 2, G, N)
+        samples[:, :, 0] = torch.where(use[..., None], truth, samples[:, :, 0])
+        replaced = torch.zeros(samples.shape[:3], dtype=torch.bool, device=tokens.device)
+        replaced[:, :, 0] = use
+        self.replaced = replaced.flatten()
+        return samples.flatten(0, 2), self.replaced
+
+    def token_advantages(self, rewards, weights, pool):
+        counted = None if self.replaced is None else ~self.replaced.view_as(rewards)
+        advantages = ppo.group_advantages(rewards, pool, counted)[..., None]    # (P, 2, G, 1)
+        if weights is not None:
+            advantages = weights * advantages
+        return advantages.flatten(0, 2)
+
+    def ppo_loss(self, logprobs, old_logprobs, ref_logprobs, advantages, clip, beta, replaced):
+        """f(pi) A with f(pi) = pi / (pi + gamma) in place of the clipped ratio, for replaced rows:
+        the gradient of a token that the policy finds next to impossible vanishes."""
+        sampled = torch.where(replaced[:, None], 0.0, advantages)
+        loss, stats = ppo.ppo_loss(logprobs, old_logprobs, ref_logprobs, sampled, clip, beta,
+                                   replaced)
+        probability = logprobs.exp()
+        shaped = probability / (probability + self.gamma) * advantages
+        shaped_loss = -(shaped * replaced[:, None]).mean()
+        stats["pg_loss"] = stats["pg_loss"] + shaped_loss.detach()
+        return loss + shaped_loss, stats
+
+
+class Choice:
+    """A second advantage, for the choice between the pair's two prompts (ours).
+
+    C = S(I, T) / (S(I, T) + S(I, T')). What the prompts share divides out, so that C grades the one
+    detail, even in an image that is wrong in all else. Its advantage times `strength` is added to
+    the reward's, and the token weights act on it alone. With the reward "shared", S(I, T) +
+    S(I, T'), the two are the factors of S(I, T). C of an unpaired prompt is always 1/2."""
+
+    def __init__(self, source, strength, cfg):
+        self.prompt_divergence = source
+        self.strength = strength
+        self.REWARDS = {"own": self.own_reward, "shared": self.shared_reward}
+        self.choice = None              # (P, 2, G) of this rollout
+
+    def __getattr__(self, name):
+        return getattr(ppo, name)
+
+    def own_reward(self, own, twin):
+        self.choice = choice_reward(own, twin)
+        return own
+
+    def shared_reward(self, own, twin):
+        self.choice = choice_reward(own, twin)
+        return own + twin
+
+    def token_advantages(self, rewards, weights, pool):
+        """rewards (P, 2, G), weights (P, 2, G, N) or None -> (B, N), or (B, 1) without weights."""
+        of_reward = ppo.token_advantages(rewards, None, pool)                   # (B, 1)
+        of_choice = self.strength * ppo.token_advantages(self.choice, None, pool)
+        if weights is not None:
+            of_choice = weights.flatten(0, 2) * of_choice                       # (B, N)
+        return of_reward + of_choice
+
+
+def choice_reward(own, twin, floor=1e-3):
+    """C of scores (P, 2, G). The floor lets two scores that are mere noise count as a draw."""
+    return (own + floor) / (own + twin + 2 * floor)
+
+
+def choice_from_oracle(strength, cfg):
+    return Choice(oracle_mask(cfg), strength, cfg)
+
+
+# --------------------------------------------------------------------------------------------------
+# Arms
+
+GROUP = {"advantage": "group"}
+PAIR = {"advantage": "pair"}
+NONE, HALF, FULL = {"difference": 0.0}, {"difference": 0.5}, {"difference": 1.0}
+ARMS = {  # name: (settings of PPO, objective as a function of the settings, None is ppo.py)
+    "group": (GROUP, None),
+    "pair": (PAIR, None),
+    # The official schedule 50, 450, 1200 of 1600 rollouts, for 80.
+    "truth": (PAIR | {"ground_truth": [3, 22, 60]}, None),
+    "truth-tamed": (PAIR | {"ground_truth": [16, 32, 60]}, TamedTruth),
+    "spread": (PAIR | HALF, partial(weights_from, spread)),
+    "mask": (PAIR | HALF, weights_from_oracle),
+    "group-spread": (GROUP | HALF, partial(weights_from, spread)),
+    "group-mask": (GROUP | HALF, weights_from_oracle),
+    "group-shuffled": (GROUP | HALF, partial(weights_from, shuffled)),
+    "group-random": (GROUP | HALF, partial(weights_from, random_tokens)),
+    "choice-spread": (GROUP | FULL | {"reward": "own"}, partial(Choice, spread, 0.5)),
+    "factored": (GROUP | FULL | {"reward": "shared"}, partial(Choice, spread, 0.3)),
+    "factored-more": (GROUP | FULL | {"reward": "shared"}, partial(Choice, spread, 0.6)),
+    "factored-mask": (GROUP | FULL | {"reward": "shared"}, partial(choice_from_oracle, 0.3)),
+    "factored-all": (GROUP | NONE | {"reward": "shared"}, partial(Choice, spread, 1.0)),
+}
+# Arms whose results are kept and whose code is not: where it is, and the flags of train.py there.
+RETIRED = {"group-mine": ("95ba9cb", "--advantage group --mine 4")}
+# Settings of all arms, unless --preset or a flag says otherwise.
+RECIPE = {"pairs": 8, "samples": 6, "steps": 80, "eval_every": 20, "eval_pairs": 60}
+
+# --------------------------------------------------------------------------------------------------
+# Running
+
+ROOT = Path(__file__).parents[1]
+RUNS = Path("runs/ablation")
+
+
+def settings_of(run, preset, flags):
+    """ARM-SEED and further flags of train.py -> (settings of PPO, function that makes the objective
+    of them)."""
+    arm, _, seed = run.rpartition("-")
+    if arm in RETIRED:
+        commit, old_flags = RETIRED[arm]
+        raise UserError(f"{run}: the code of arm {arm} is gone; run it with commit {commit}, "
+                        f"train.py --stage ppo {old_flags}")
+    if arm not in ARMS or not seed.isdigit():
+        raise UserError(f"{run}: should be ARM-SEED, ARM one of {', '.join(ARMS)}")
+    overrides, objective = ARMS[arm]
+    for word in flags:
+        setting = word.split("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and setting in (*overrides, "seed", "out"):
+            raise UserError(f"{word}: arm {arm} and the run's name set this; leave it out")
+    argv = ["--stage", "ppo", "--preset", preset]
+    if preset == "tiny":
+        for setting, value in RECIPE.items():
+            argv += [f"--{setting.replace('_', '-')}", str(value)]
+    _, _, cfg, _ = train.parse([*argv, *flags, "--seed", seed, "--out", str(RUNS / run)])
+    if cfg.data and not cfg.test:
+        raise UserError("--data: an arm is compared by its tests; give --test PairComp.json too")
+    cfg = replace(cfg, **overrides)
+    train.check(replace(cfg, reward="own"))     # an objective has rewards of its own
+    return cfg, objective or (lambda cfg: ppo)
+
+
+def run_arm(run, base, preset, results, flags):
+    """Train an arm and write its result, RESULTS/ARM-SEED.json, or go on where it was stopped."""
+    path = Path(results) / f"{run}.json"
+    if path.exists():
+        print(f"{run}: has its result already, {path}")
+        return
+    cfg, make_objective = settings_of(run, preset, flags)
+    if cfg.judge or cfg.heldout_judge:
+        cfg = name_judges(cfg)
+    out = Path(cfg.out)
+    commit = current_commit()
+    copy_base(Path(base), out, judges=not cfg.judge)
+    if (out / "ppo.state").exists() or not (out / "ppo.safetensors").exists():
+        print(f"{run}: {cfg}")
+        train.begin_folder(cfg, "ppo", preset)
+        with Loop("ppo", cfg, resume=True) as loop:
+            train.train_ppo(cfg, loop, make_objective(cfg))
+    result = read_json(out / "paircomp.json", "result of a PPO run")
+    if result["config"] != asdict(cfg):
+        raise UserError(f"{out}: was trained with other settings; remove it to run {run} again")
+    device = pick_device(cfg.device)
+    if not cfg.test:
+        for policy, found in difference_of_run(out, device).items():
+            result[policy] |= found
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    seconds = [entry["seconds"] for entry in log if entry["stage"] == "ppo" and "step" in entry]
+    result |= {"commit": commit, "machine": machine(device), "minutes": round(seconds[-1] / 60, 2)}
+    make_folder(path.parent)
+    write_atomically(path, json.dumps(result).encode())
+    print(f"{run}: done, {path}")
+
+
+def copy_base(base, out, judges=True):
+    """The tokenizer, base model and judges of another run. Those that are in `out` already must be
+    the same."""
+    names = ["tokenizer.safetensors", "pretrain.safetensors"]
+    names += ["reward.safetensors"] * judges
+    names += ["text.json"] * (base / "text.json").exists()      # of a Janus checkpoint
+    for name in names:
+        if not (base / name).is_file():
+            raise UserError(f"--base {base}: has no {name}; train.py --stage ppo --out {base} "
+                            "makes what is missing")
+    make_folder(out)
+    for name in names:
+        content = (base / name).read_bytes()
+        if not (out / name).exists():
+            write_atomically(out / name, content)
+        elif (out / name).read_bytes() != content:
+            raise UserError(f"--base {base}: {out / name} is there already and differs; give the "
+                            f"base that {out} was begun with, or remove that folder")
+
+
+def current_commit():
+    """The commit of this code, "-dirty" if a Python file differs from it; "unknown" without git."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    try:
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        dirty = git("status", "--porcelain", "--", "*.py").stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-dirty" if dirty else "")
+
+
+def machine(device):
+    """What the last bits of a result depend on, and its minutes."""
+    on_cuda = device.type == "cuda"
+    return {"processor": processor_name(), "capability": torch.backends.cpu.get_cpu_capability(),
+            "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
+            "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def processor_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:                     # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# --------------------------------------------------------------------------------------------------
+# Where the prompts differ, and where the policy has changed
+
+def divergence_auc(divergence, mask):
+    """How well D_t finds the true difference: the chance that a token inside the mask has a larger
+    D_t than one outside, ties counting half. Each row by itself, as the weights are relative too.
+
+    divergence (B, N), mask (B, N) bool -> (B,) AUC, NaN where a row's mask is all or nothing."""
+    out = np.full(len(mask), np.nan)
+    rows = zip(np.asarray(divergence, np.float64), np.asarray(mask, bool))
+    for i, (d, inside) in enumerate(rows):
+        if inside.any() and not inside.all():
+            out[i] = np.sign(d[inside][:, None] - d[~inside]).mean() / 2 + 0.5
+    return out
+
+
+def true_difference(vq, pairs, model, other, twins):
+    """Where do two models disagree, token by token, on the true images of pairs? With `twins` the
+    other model reads the twin's prompt: one model and twins is D_t, two models and the same prompt
+    is what PPO changed.
+
+    -> ({category: AUC}, {category: AUC of `spread_difference`}, {"inside": {category: mean JS of
+    the tokens that truly differ}, "outside": of those that do not})."""
+    grid = vq.cfg.grid
+    device = model.embed_tokens.weight.device
+    images = pairs.load(np.arange(len(pairs)))                                  # (P, 2, H, W, 3)
+    tokens = encode_images(vq, rearrange(images, "p i h w c -> (p i) h w c"), device)
+    ids = model.prompt_ids(pairs.flat_prompts())                                # (2P, T)
+    twin_ids = rearrange(ids, "(p i) t -> p i t", i=2).flip(1).flatten(0, 1)
+    divergence = prompt_divergence(model, ids, twin_ids if twins else ids, tokens, other=other)
+    divergence = divergence.cpu()                                               # (2P, N)
+    mask = difference_mask(images, grid).reshape(len(pairs), -1).repeat(2, 0)   # (2P, N)
+    categories = np.repeat(pairs.categories, 2)
+
+    aucs = [category_means(divergence_auc(d, mask), categories)
+            for d in (divergence, spread_difference(divergence, grid))]
+    change = {}
+    for where, chosen in (("inside", mask), ("outside", ~mask)):
+        means = (divergence.numpy() * chosen).sum(1) / chosen.sum(1)            # (2P,)
+        change[where] = category_means(means, categories)
+    return *aucs, change
+
+
+def difference_of_run(run, device):
+    """A run of PairWorld with a base model and a policy -> what a result's reports have besides:
+    {"base": {"divergence_auc", "spread_auc"}, "ppo": {these two, "change"}}."""
+    models = {}
+    for policy, name in (("base", "pretrain"), ("ppo", "ppo")):
+        vq, models[policy] = load_policy(run, name, device)
+    if vq.cfg.image_size != IMAGE_SIZE or models["base"].text.empty is None:
+        raise UserError(f"{run}: is no model of PairWorld, and only there the true difference is "
+                        "known")
+    pairs = benchmark_pairs(run_settings(run, "ppo").get("eval_pairs", 20))
+    found = {}
+    for policy, model in models.items():
+        of_d_t, of_spread, _ = true_difference(vq, pairs, model, model, twins=True)
+        found[policy] = {"divergence_auc": of_d_t, "spread_auc": of_spread}
+    *_, change = true_difference(vq, pairs, models["ppo"], models["base"], twins=False)
+    found["ppo"]["change"] = change
+    return found
+
+
+def format_difference(found):
+    """The two tables of `difference_of_run`."""
+    aucs, changes = [], []
+    for kind, label in (("divergence", "D_t"), ("spread", "spread D_t")):
+        for policy in ("base", "ppo"):
+            values = found[policy][f"{kind}_auc"]
+            aucs.append((f"{label}, {policy}", {c: f"{v:.2f}" for c, v in values.items()}))
+    for where, values in found["ppo"]["change"].items():
+        changes.append((f"{where} the difference", {c: f"{v:.3f}" for c, v in values.items()}))
+    return "\n".join(["AUC of D_t against the true difference (0.5 is chance)", text_table(aucs),
+                      "change of the policy by PPO, nats a token", text_table(changes)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparing
+
+JUDGES = ("train", "heldout", "oracle")
+
+
+def read_arms(paths):
+    """Folders or files of runs -> {arm: {seed: result}}, in the order in which the arms come."""
+    arms = {}
+    for path in map(Path, paths):
+        file = path / "paircomp.json" if path.is_dir() else path
+        result = read_json(file, "result of a PPO run")
+        for key in ("base", "ppo", "curve", "config"):
+            if not isinstance(result, dict) or key not in result:
+                raise UserError(f"{path}: has no {key!r}; should be the paircomp.json that "
+                                "train.py --stage ppo leaves, or a result of extras.ablation")
+        arm = path.name.removesuffix(".json").rsplit("-", 1)[0]
+        seed = result["config"]["seed"]
+        if seed in arms.setdefault(arm, {}):
+            raise UserError(f"{path}: arm {arm} has a run of seed {seed} already; a run is named "
+                            "ARM-SEED")
+        arms[arm][seed] = result
+    return arms
+
+
+def pair_metrics(report):
+    """A report of eval_paircomp.paircomp -> {metric: (P,) values of the test pairs}: s_a, s_g and
+    gap = s_a - s_g of each judge, and pair accuracy."""
+    metrics = {}
+    for judge in JUDGES:
+        scores = np.array(report["pairs"][judge], np.float64)                   # (P, 2K)
+        s_a = scores.mean(1)
+        s_g = scores.prod(1) ** (1 / scores.shape[1])
+        metrics |= {f"{judge} s_a": s_a, f"{judge} s_g": s_g, f"{judge} gap": s_a - s_g}
+    metrics["pair accuracy"] = np.array(report["pairs"]["pair_accuracy"], np.float64)
+    return metrics
+
+
+def bootstrap(values, categories, resamples=10000, seed=0):
+    """Mean of values (S, P) over seeds and over the categories' means, with its 95 % interval ->
+    (mean, low, high).
+
+    Seeds are drawn again with replacement, and so are the test pairs within their category: the
+    interval says what other seeds and other pairs would have given. With few seeds it is wide, and
+    rightly so (percentile bootstrap, Efron and Tibshirani 1993, ch. 13)."""
+    seed_shares, pair_shares, weights = draw_again(len(values), tuple(categories), resamples, seed)
+    means = np.einsum("rs,sp,rp->r", seed_shares, values, pair_shares, optimize=True)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(values.mean(0) @ weights), float(low), float(high)
+
+
+@lru_cache(maxsize=4)                   # the same for every metric of a comparison
+def draw_again(n_seeds, categories, resamples, seed):
+    """How much each seed (R, S) and each pair (R, P) counts in a resample, and each pair (P,) in
+    the mean itself."""
+    rng = np.random.default_rng(seed)
+
+    def shares(n):
+        return rng.multinomial(n, np.full(n, 1 / n), resamples) / n
+
+    seed_shares = shares(n_seeds)
+    pair_shares = np.zeros((resamples, len(categories)))
+    weights = np.zeros(len(categories))
+    names, category = np.unique(categories, return_inverse=True)
+    for c in range(len(names)):
+        members = np.flatnonzero(category == c)
+        weights[members] = 1 / len(members) / len(names)
+        pair_shares[:, members] = shares(len(members)) / len(names)
+    return seed_shares, pair_shares, weights
+
+
+def compare(arm, baseline):
+    """Two {seed: result} -> ({metric: (arm's mean, baseline's mean, difference, low, high)}, the
+    seeds that both have)."""
+    seeds = sorted(arm.keys() & baseline.keys())
+    if not seeds:
+        raise UserError(f"no seed in common: {sorted(arm)} and {sorted(baseline)}; runs are paired "
+                        "by seed")
+    categories = arm[seeds[0]]["ppo"]["pairs"]["categories"]
+    for result in [*arm.values(), *baseline.values()]:
+        if result["ppo"]["pairs"]["categories"] != categories:
+            raise UserError("the runs were tested on different pairs; repeat them with the same "
+                            "--eval-pairs")
+    arm_metrics = [pair_metrics(arm[seed]["ppo"]) for seed in seeds]
+    baseline_metrics = [pair_metrics(baseline[seed]["ppo"]) for seed in seeds]
+    table = {}
+    for metric in arm_metrics[0]:
+        a = np.stack([metrics[metric] for metrics in arm_metrics])              # (S, P)
+        b = np.stack([metrics[metric] for metrics in baseline_metrics])
+        mean_a, *_ = bootstrap(a, categories, 1)
+        mean_b, *_ = bootstrap(b, categories, 1)
+        table[metric] = mean_a, mean_b, *bootstrap(a - b, categories)
+    return table, seeds
+
+
+def worst_dip(arm, after=20):
+    """The lowest held-out s_g of any seed's quick tests from rollout `after` on, relative to its
+    base's: 0.9 is 10 % below."""
+    dips = []
+    for result in arm.values():
+        curve = result["curve"]
+        later = [entry["heldout"]["s_g"] for entry in curve if entry["step"] >= after]
+        dips.append(min(later, default=np.nan) / curve[0]["heldout"]["s_g"])
+    return min(dips)
+
+
+def truth_report(arm):
+    """What sequences of each origin add to the gradient and their mean k3, averaged over the tests
+    of an arm that saw ground truth: lines of text, none for an arm without any."""
+    lines = []
+    for key, what in (("grad_norm_of", "gradient norm"), ("kl_of", "k3, nats a token")):
+        seen = [entry[key] for r in arm.values() for entry in r["curve"] if key in entry]
+        if seen:
+            values = []
+            for name in dict.fromkeys(name for entry in seen for name in entry):
+                mean = np.mean([entry[name] for entry in seen if name in entry])
+                values.append(f"{name} {mean:.3f}")
+            lines.append(f"{what} of {len(seen)} rollouts: {', '.join(values)}")
+    return lines
+
+
+def difference_report(arm):
+    """How well D_t finds the true difference and where PPO changed the policy, averaged over the
+    arm's seeds: lines of text."""
+    def line(label, reports, decimals):
+        means = {c: np.mean([report[c] for report in reports]) for c in reports[0]}
+        return f"{label}: " + ", ".join(f"{c} {mean:.{decimals}f}" for c, mean in means.items())
+
+    lines = []
+    for kind in ("divergence_auc", "spread_auc"):
+        for policy in ("base", "ppo"):
+            seen = [r[policy][kind] for r in arm.values() if kind in r[policy]]
+            if seen:
+                lines.append(line(f"{kind} {policy}", seen, 2))
+    for where in ("inside", "outside"):
+        seen = [r["ppo"]["change"][where] for r in arm.values()]
+        lines.append(line(f"change {where} the true difference, nats a token", seen, 3))
+    return lines
+
+
+def markdown(arms, baseline_name, baseline):
+    """The table of every arm against the baseline, x100, with the intervals of the differences."""
+    metrics = ["heldout s_g", "heldout s_a", "heldout gap", "train s_g", "oracle s_g",
+               "pair accuracy"]
+    rows = [["arm", "seeds", *metrics, "worst dip"]]
+    for name, arm in {baseline_name: baseline, **arms}.items():
+        table, seeds = compare(arm, baseline)
+        cells = []
+        for metric in metrics:
+            mean, _, difference, low, high = (100 * value for value in table[metric])
+            interval = f" ({difference:+.1f} [{low:+.1f}, {high:+.1f}])"
+            cells.append(f"{mean:.1f}" + ("" if arm is baseline else interval))
+        dip = f"{100 * (worst_dip(arm) - 1):+.0f} %"
+        rows.append([name, str(len(seeds)), *cells, dip])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def run_compare(paths, baseline_paths, out):
+    """Print the table of each arm against the baseline, and draw it with --out."""
+    arms = read_arms(paths)
+    baseline = read_arms(baseline_paths)
+    if len(baseline) > 1:
+        raise UserError("--baseline: should be the runs of one arm, found "
+                        f"{', '.join(baseline)}")
+    (name, runs), = baseline.items()
+    arms.pop(name, None)
+    print(markdown(arms, name, runs))
+    for arm, results in {name: runs, **arms}.items():
+        print(f"\n{arm}", *truth_report(results), *difference_report(results), sep="\n  ")
+    if out:
+        draw_comparison({name: runs, **arms}, out)
+        print(f"image: {out}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    runs = list(takewhile(lambda word: not word.startswith("-"), argv))
+    parser = train.Parser(prog="python -m extras.ablation", description=__doc__, allow_abbrev=False,
+                          usage="%(prog)s ARM-SEED ... | --compare RUN ... | --difference RUN",
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", metavar="RUN", default="runs/tiny",
+                        help="whose tokenizer, base model and judges are used (%(default)s)")
+    parser.add_argument("--preset", choices=list(train.PRESETS), default="tiny",
+                        help="with tiny the recipe of docs/ablation.md (%(default)s)")
+    parser.add_argument("--results", metavar="DIR", default="docs/ablation",
+                        help="where a run's result goes (%(default)s)")
+    parser.add_argument("--compare", metavar="RUN", nargs="+",
+                        help="folders or results of runs named ARM-SEED, against --baseline")
+    parser.add_argument("--baseline", metavar="RUN", nargs="+", help="the runs of one arm")
+    parser.add_argument("--out", metavar="PNG", help="draw the comparison too")
+    parser.add_argument("--difference", metavar="RUN", help="AUC of D_t before and after PPO, and "
+                        "where PPO changed the policy")
+    args, flags = parser.parse_known_args(argv[len(runs):])
+    if sum(map(bool, (runs, args.compare, args.difference))) != 1:
+        raise UserError("say one of: ARM-SEED ..., --compare RUN ... --baseline RUN ..., or "
+                        f"--difference RUN; arms are {', '.join(ARMS)}")
+    if bool(args.compare) != bool(args.baseline):
+        raise UserError("--compare and --baseline go together")
+    if args.out and not args.compare:
+        raise UserError("--out: goes with --compare; an arm's folder is runs/ablation/ARM-SEED")
+    if flags and not runs:
+        raise UserError(f"{flags[0]}: goes with ARM-SEED ... alone")
+    if args.compare:
+        run_compare(args.compare, args.baseline, args.out)
+    elif args.difference:
+        print(format_difference(difference_of_run(args.difference, pick_device("auto"))))
+    for run in runs:
+        run_arm(run, args.base, args.preset, args.results, flags)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")

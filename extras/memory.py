@@ -1,0 +1,239 @@
+"""How much GPU memory Janus-Pro needs, counted without a GPU and without weights.
+
+    python -m extras.memory                             # 1B and 7B as `--preset janus` runs them
+    python -m extras.memory --microbatch 1              # PPO with other flags of train.py
+
+It takes a minute. No formula is behind the table: the functions that train.py calls run on fake
+tensors, which have shapes but no memory, and every tensor that is alive is counted. What a GPU adds
+is not counted: CUDA itself, workspaces of the libraries and gaps of the allocator, for which SPARE
+stands. A judge in the same memory is not counted either.
+"""
+
+import argparse
+import sys
+import weakref
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common import UserError
+from model import ImageModel, ModelConfig, generate, score
+from ppo import ppo_loss
+from tokenizer import VQConfig, VQModel, vq_batch_size
+from train import PPO, PRESETS, Pretrain
+
+# deepseek-ai/Janus-Pro-*, config.json: language_config
+GEOMETRY = dict(text_vocab=102400, image_vocab=16384, n_text=16384, n_image=576, code_dim=8)
+GEOMETRY |= dict(image_positions=False)
+JANUS = {
+    "1B": ModelConfig(n_layer=24, n_head=16, n_embd=2048, n_ffn=5632, **GEOMETRY),
+    "7B": ModelConfig(n_layer=30, n_head=32, n_embd=4096, n_ffn=11008, **GEOMETRY),
+}
+GPUS = (24, 80, 141)  # their makers' GB, which are GiB
+PROMPT = 64  # tokens of a prompt
+SPARE = 1.5  # GiB
+GUIDANCE = 5.0
+NO_GROUND_TRUTH = SimpleNamespace(any=lambda: False)  # which a fake mask has no values to say
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside it: those alive now, and each phase's peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}  # {storage: bytes}
+        self.bytes = 0
+        self.peak = 0
+        self.phases = {}  # {name: peak in bytes}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()  # which views share
+                key = storage._cdata
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.bytes += storage.nbytes()
+                    self.peak = max(self.peak, self.bytes)
+                    weakref.finalize(storage, self.forget, key)
+        return out
+
+    def forget(self, key):
+        self.bytes -= self.sizes.pop(key)
+
+    def phase(self, name):
+        """End a phase: what came since the last one is called so."""
+        self.phases[name] = max(self.peak, self.phases.get(name, 0))
+        self.peak = self.bytes
+
+
+class Enough(Exception):
+    """Raised inside `generate`, whose memory is all in use after a few of its 576 steps."""
+
+
+def stop_after(calls):
+    """A forward hook that raises Enough after so many calls."""
+    left = iter(range(calls))
+
+    def hook(*_):
+        if next(left, None) is None:
+            raise Enough
+
+    return hook
+
+
+@torch.no_grad()
+def sample_start(model, prompts, samples):
+    """The prefill of the prompts (R, T) and the first steps of sampling, with guidance."""
+    handle = model.gen_head.register_forward_pre_hook(stop_after(3))
+    try:
+        generate(model, prompts, None, samples, GUIDANCE)
+    except Enough:
+        handle.remove()
+
+
+def stored_policy(cfg):
+    """A policy as a checkpoint stores it: matrices in bf16, vectors in fp32 (`janus.fill`)."""
+    model = ImageModel(cfg)
+    tensors = model.state_dict()
+    tensors = {k: v.bfloat16() if v.dim() > 1 else v for k, v in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    model.bf16 = True
+    return model.requires_grad_(False)
+
+
+def trained_policy(cfg):
+    """A policy in training and its optimizer: fp32 weights and Adam's moments, bf16 compute."""
+    model = ImageModel(cfg)
+    model.bf16 = model.recompute = True
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # makes the moments
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def zero_ids(rows, length):
+    return torch.zeros(rows, length, dtype=torch.long)
+
+
+def update(model, optimizer, alive, task, sequences):
+    """Two backwards of so many sequences each, and an optimizer step."""
+    guidance = GUIDANCE if task == "ppo" else 1.0
+    for _ in range(2):  # the second finds the gradients of the first
+        prompts = zero_ids(sequences, PROMPT)
+        tokens = zero_ids(sequences, model.cfg.n_image)
+        logprobs, _ = score(model, prompts, tokens, None, guidance)
+        old = torch.empty_like(logprobs)
+        if task == "ppo":
+            loss, _ = ppo_loss(logprobs, old, old, old, 0.2, 0.01, NO_GROUND_TRUTH)
+        else:
+            loss = -logprobs.mean()
+        loss.backward()
+        del logprobs, loss, old
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    alive.phase("forward and backward")
+    optimizer.step()
+    alive.phase("update")
+
+
+def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, rollout=1):
+    """A task -> {phase: GiB alive at its peak}.
+
+    task: "sampling" of a policy in bf16; "pretrain" or "ppo" as `--preset janus` has them, with
+    fp32 master weights, bf16 compute and activations made again in the backward. sequences: of a
+    backward; prompts: sampled at once; images: of a prompt; rollout: prompts of a step of PPO."""
+    # Fake tensors have no values in which padding could be found.
+    no_mask = mock.patch("model.full_mask", lambda prompts, pad, length: None)
+    with FakeTensorMode(), Alive() as alive, no_mask:
+        if task == "sampling":
+            model = stored_policy(cfg)
+        else:
+            model, optimizer = trained_policy(cfg)
+        reference = stored_policy(cfg) if task == "ppo" else None
+        vq = VQModel(vq_cfg).requires_grad_(False)
+        alive.peak = alive.bytes
+        alive.phase("at rest")
+
+        if task == "pretrain":
+            n = min(vq_batch_size(vq_cfg), sequences)
+            with torch.no_grad():
+                vq.encode(torch.empty(n, 3, vq_cfg.image_size, vq_cfg.image_size))
+            alive.phase("encode images")
+        else:
+            sample_start(model, zero_ids(prompts, PROMPT), images)
+            alive.phase("sample")
+            n = min(vq_batch_size(vq_cfg), prompts * images)
+            with torch.no_grad():
+                vq.decode(zero_ids(n, cfg.n_image))
+            alive.phase("decode images")
+        if task == "ppo":
+            n = rollout * images
+            with torch.no_grad():
+                score(reference, zero_ids(n, PROMPT), zero_ids(n, cfg.n_image), None, GUIDANCE)
+            alive.phase("score by the reference")
+        if task != "sampling":
+            update(model, optimizer, alive, task, sequences)
+    return {name: peak / 2**30 for name, peak in alive.phases.items()}
+
+
+def tasks_of(args):
+    """{what a row of the table is called: keyword arguments of `trace`}."""
+    batch = PRESETS["janus"]["pretrain"]["microbatch"]
+    minibatch = 2 * args.pairs * args.samples // PPO.minibatches
+    sequences = min(args.microbatch, minibatch)
+    # Sampling takes 8 * microbatch sequences at most, and whole prompts.
+    prompts = min(2 * args.pairs, max(1, 8 * args.microbatch // args.samples))
+    ppo = f"PPO, {sequences} images a backward, {prompts * args.samples} sampled at once"
+    return {
+        "sample 4 images": dict(task="sampling", prompts=1, images=4),
+        "sample 64 images": dict(task="sampling", prompts=32, images=2),
+        f"fine-tune, {batch} images a backward": dict(task="pretrain", sequences=batch),
+        ppo: dict(
+            task="ppo",
+            sequences=sequences,
+            prompts=prompts,
+            images=args.samples,
+            rollout=2 * args.pairs,
+        ),
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    preset = PRESETS["janus"]["ppo"]
+    for name in ("pairs", "samples", "microbatch"):
+        help_text = f"of --stage ppo ({preset[name]})"
+        parser.add_argument("--" + name, type=int, default=preset[name], help=help_text)
+    args = parser.parse_args(argv)
+    if min(vars(args).values()) < 1:
+        raise UserError("--pairs, --samples and --microbatch: should be positive")
+    print("| Janus-Pro | task | GiB | fits | the most is alive in |\n|---|---|---|---|---|")
+    for size, cfg in JANUS.items():
+        for name, settings in tasks_of(args).items():
+            phases = trace(cfg, VQConfig.janus(), **settings)
+            most = max(phases, key=phases.get)
+            total = phases[most] + SPARE
+            fits = ", ".join(str(gpu) for gpu in GPUS if total <= gpu) or "none"
+            rest = phases["at rest"]
+            print(f"| {size} | {name} | {total:.1f} | {fits} GB | {most}; at rest {rest:.1f} |")
+    print(f"\nAlive tensors, counted on fake ones, and {SPARE} GiB for what a GPU adds; not "
+          "measured on a GPU. A judge in the same memory is not in it.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,132 @@
+"""Curves of a run and of an ablation's arms, drawn with matplotlib.
+
+    python -m extras.plots runs/tiny               # draw RUN/curves.png again from RUN/log.jsonl
+
+train.py draws curves.png at the end of the ppo stage if matplotlib is installed.
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from common import UserError
+
+JUDGES = ("train", "heldout", "oracle")
+PANELS = [  # stage, its keys in log.jsonl, title
+    ("tokenizer", ["psnr"], "tokenizer: PSNR (dB)"),
+    ("pretrain", ["loss"], "pretrain: loss (nats/token)"),
+    ("reward", ["loss_train", "loss_heldout"], "judges: loss"),
+    ("ppo", ["reward"], "ppo: reward of the samples"),
+    ("ppo", ["kl"], "ppo: KL to the base model"),
+    ("ppo", ["entropy"], "ppo: entropy (nats)"),
+    ("ppo", ["clipfrac"], "ppo: share of clipped ratios"),
+    ("ppo", ["pg_loss"], "ppo: loss (no progress signal)"),
+]
+
+
+def load_pyplot():
+    """matplotlib.pyplot, which draws into files and needs no display. ImportError without it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(plt, figure, axes, path):
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_curves(out):
+    """Run folder -> curves.png in it, from its log.jsonl. Returns the path, or how to get it."""
+    try:
+        plt = load_pyplot()
+    except ImportError:
+        return f"not drawn; pip install matplotlib, then python -m extras.plots {out}"
+    out = Path(out)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "step" in entry]
+    figure, axes = plt.subplots(3, 3, figsize=(13, 9))
+    for ax, (stage, keys, title) in zip(axes.flat, PANELS):
+        for key in keys:
+            entries = [e for e in steps if e["stage"] == stage and key in e]
+            x = [e["step"] for e in entries]
+            ax.plot(x, [e[key] for e in entries], linewidth=0.8, label=key)
+        if len(keys) > 1:
+            ax.legend()
+        ax.set_title(title, fontsize=10)
+    draw_tests(axes.flat[-1], [e for e in steps if e["stage"] == "ppo" and "test" in e])
+    save_figure(plt, figure, axes.flat, out / "curves.png")
+    return out / "curves.png"
+
+
+def draw_tests(ax, entries):
+    """The last panel: what the quick tests on the held-out pairs say. entries: log lines of ppo."""
+    x = [e["step"] for e in entries]
+    tests = [e["test"] for e in entries]
+    for judge in JUDGES:
+        if tests and judge in tests[0]:
+            ax.plot(x, [test[judge]["s_g"] for test in tests], label=judge)
+    if tests and "pair_accuracy" in tests[0]:
+        accuracy = [test["pair_accuracy"] for test in tests]
+        ax.plot(x, accuracy, label="pair accuracy", linestyle="--")
+    ax.legend()
+    ax.set_title("ppo: s_g on held-out pairs", fontsize=10)
+
+
+def draw_comparison(arms, path):
+    """{arm: {seed: result}} of ablation.read_arms -> an image: learning curves with a band from the
+    worst seed to the best, and bars of the categories. UserError without matplotlib."""
+    try:
+        plt = load_pyplot()
+    except ImportError:
+        raise UserError(f"--out {path}: wants matplotlib; pip install matplotlib") from None
+    figure, (curves, bars) = plt.subplots(1, 2, figsize=(15, 5.5), width_ratios=(1, 1.4))
+    colors = plt.get_cmap("tab20").colors
+    width = 0.8 / len(arms)
+    for n, (name, runs) in enumerate(arms.items()):
+        results = list(runs.values())
+        color = colors[n % len(colors)]
+        tests = min(len(r["curve"]) for r in results)                           # that all runs had
+        steps = [e["step"] for e in results[0]["curve"][:tests]]
+        s_g = [[100 * e["heldout"]["s_g"] for e in r["curve"][:tests]] for r in results]
+        mean, low, high = mean_and_range(s_g)                                   # (tests,) each
+        curves.plot(steps, mean, color=color, label=f"{name} ({len(results)} seeds)")
+        curves.fill_between(steps, low, high, color=color, alpha=0.12)
+
+        categories = list(results[0]["ppo"]["heldout"])
+        s_g = [[100 * r["ppo"]["heldout"][c]["s_g"] for c in categories] for r in results]
+        mean, low, high = mean_and_range(s_g)                                   # (categories,) each
+        x = np.arange(len(categories)) + (n - (len(arms) - 1) / 2) * width
+        bars.bar(x, mean, width, color=color, label=name, yerr=[mean - low, high - mean],
+                 error_kw={"linewidth": 0.6})
+    curves.set(xlabel="rollouts",
+               title="held-out judge, s_g of the quick tests (band: worst to best seed)")
+    curves.legend(fontsize=8)
+    bars.set_xticks(np.arange(len(categories)), categories)
+    bars.set_title("held-out judge, s_g at the end")
+    save_figure(plt, figure, (curves, bars), path)
+
+
+def mean_and_range(values):
+    """values (S, n), a row a seed -> mean, lowest and highest over the seeds, (n,) each."""
+    values = np.array(values)
+    return values.mean(0), values.min(0), values.max(0)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or not (Path(argv[0]) / "log.jsonl").is_file():
+        raise UserError("python -m extras.plots RUN: wants one run folder, with a log.jsonl in it")
+    print(f"curves: {draw_curves(argv[0])}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")

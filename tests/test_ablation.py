@@ -1,0 +1,977 @@
+"""extras/ablation.py: the arms, their weights and objectives, runs that are stopped and resumed,
+the comparison with its bootstrap, the committed results. And extras/plots.py."""
+import itertools
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import eval_paircomp
+import pairworld as world
+import ppo
+import reward
+import train
+from common import UserError, load_weights, save_weights
+from extras import ablation, plots
+from extras.ablation import ARMS, RETIRED
+from model import ImageModel, ModelConfig, load_policy, prompt_divergence
+from pairworld import ATTRIBUTES, CATEGORIES, GRID, OPTIONAL, Layout, Scene
+from reward import Judge, JudgeConfig
+from tokenizer import VQConfig, VQModel
+
+ROOT = Path(__file__).parents[1]
+RESULTS = sorted((ROOT / "docs" / "ablation").glob("*.json"))
+JUDGES = ablation.JUDGES
+
+
+# --------------------------------------------------------------------------------------------------
+# The table of arms and the committed results
+
+def arm_and_seed(path):
+    arm, _, seed = path.stem.rpartition("-")
+    return arm, int(seed)
+
+
+def test_every_arm_has_a_result_and_every_result_an_arm_or_a_commit_that_has_its_code():
+    arms = {arm_and_seed(path)[0] for path in RESULTS}
+    assert arms == {*ARMS, *RETIRED} and not ARMS.keys() & RETIRED.keys()
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_committed_result_names_its_commit_and_has_the_settings_of_its_arm(path):
+    """The settings were spelled otherwise when these were made; what is the same is compared."""
+    result = json.loads(path.read_text())
+    arm, seed = arm_and_seed(path)
+    config = result["config"]
+    assert re.fullmatch("[0-9a-f]{7}(-dirty)?", result["commit"])
+    assert config["seed"] == seed
+    assert {name: config[name] for name in ablation.RECIPE} == ablation.RECIPE
+    if arm in ARMS:
+        overrides, _ = ARMS[arm]
+        for name in ("advantage", "difference", "reward"):
+            default = getattr(train.PPO(), name)
+            assert config[name] == overrides.get(name, default)
+        schedule = [config[f"truth_{when}"] for when in ("full_until", "low_at", "zero_at")]
+        assert schedule == overrides.get("ground_truth", [0, 0, 0])
+
+
+def test_the_report_has_every_figure_of_the_comparison():
+    """The tables of docs/ablation.md, one after the other, are what --compare prints of the
+    committed results."""
+    text = (ROOT / "docs" / "ablation.md").read_text()
+    names = ["group", "pair", "truth", "truth-tamed", "group-spread", "group-mask",
+             "group-shuffled", "group-random", "factored"]
+    arms = ablation.read_arms(RESULTS)
+    others = {name: arms[name] for name in names[1:]}
+    printed = ablation.markdown(others, "group", arms["group"]).splitlines()[2:]
+    for name, line in zip(names, printed):
+        arm, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert arm == name
+        said = [row for row in text.splitlines() if row.startswith(f"| `{name}` |")]
+        assert len(said) == 4           # what it is, and three tables
+        found = [cell for row in said[1:] for cell in row[2:-2].split(" | ")[1:]]
+        assert sorted(cells) == sorted(found)
+    for arm in {*ARMS, *RETIRED}:
+        assert f"`{arm}`" in text
+
+
+# --------------------------------------------------------------------------------------------------
+# Where the weights come from
+
+def test_d_t_spreads_to_the_neighbors_that_are_drawn_later():
+    """A choice at row 1, column 1 reaches the rest of its object, to the right and below, and
+    nothing that was drawn before it."""
+    divergence = torch.zeros(2, 16)
+    divergence[0, 5] = 1.0
+    found = ablation.spread_difference(divergence, 4, 1)
+    assert found[0].view(4, 4).tolist() == [[0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert found[1].equal(divergence[1])
+
+
+def test_a_spread_weight_depends_on_the_prefix_alone():
+    """Otherwise it would know the token that it weighs, and the baseline would be biased."""
+    divergence, n = torch.rand(1, 64), 27
+    later = torch.cat([divergence[:, :n + 1], torch.rand(1, 63 - n)], 1)
+    one, other = (ablation.spread_difference(d, 8, 2)[:, :n + 1] for d in (later, divergence))
+    assert one.equal(other)
+
+
+scenes = st.builds(Scene, *(st.integers(0, len(o) - 1) for o in ATTRIBUTES.values()))
+layouts = st.builds(Layout, st.integers(0, 2), st.permutations(range(4)).map(tuple),
+                    st.integers(0, 1), st.integers(0, 1))
+
+
+def carrying_cells(scene, layout, name):
+    """The cells (4, 4) of a rendering that carry an attribute, from where `render` puts things."""
+    def at(along, across):
+        return world.place(scene.relation, along, across)
+
+    cells = {"object": [at(k // 2, layout.offset + k % 2)
+                        for k in layout.cells[:scene.count + 1]],
+             "ref": [at(GRID - 1, 1 + layout.ref_slot)],
+             "letter": [at(GRID - 1, (GRID - 1) * layout.letter_slot)]}
+    filled = sum(cells.values(), [])
+    everywhere = itertools.product(range(GRID), range(GRID))
+    cells["style"] = [cell for cell in everywhere if cell not in filled]
+    kinds = {"letter": ["letter"], "style": ["style"], "ref_color": ["ref"], "ref_shape": ["ref"],
+             "relation": ["object", "ref"], "count": ["object", "style"]}.get(name, ["object"])
+    out = np.zeros((GRID, GRID), bool)
+    for kind in kinds:
+        for cell in cells[kind]:
+            out[cell] = True
+    return out
+
+
+@pytest.mark.parametrize("name", list(ATTRIBUTES))
+@settings(max_examples=15, deadline=None)
+@given(scenes, layouts, st.integers(1, 3), st.sets(st.sampled_from(list(OPTIONAL))))
+def test_an_image_shows_a_difference_in_the_cells_that_carry_it(name, scene, layout, step, named):
+    """Wherever the prompts differ, the clean image has the difference itself inside these cells,
+    and nothing else unless the number or the place of the objects differs: the twin then has
+    objects where this image has background, letter or reference."""
+    other = scene._replace(**{name: (getattr(scene, name) + step) % len(ATTRIBUTES[name])})
+    if other == scene:                  # two sizes and two fills: two steps lead back
+        other = scene._replace(**{name: 1 - getattr(scene, name)})
+    named = named | {part for part, names in OPTIONAL.items() if name in names}
+    images = np.stack([world.render(s, layout) for s in (scene, other)])
+    prompts = world.caption(scene, named), world.caption(other, named)
+    fine, coarse = (world.difference_mask(images[None], grid)[0] for grid in (8, GRID))
+    for image, s, pair in zip(images, (scene, other), (prompts, prompts[::-1])):
+        shown = ablation.shown_in(image[None], [pair], 8)[0]
+        cells = carrying_cells(s, layout, name)
+        assert shown.shape == (8, 8) and np.array_equal(shown, cells.repeat(2, 0).repeat(2, 1))
+        assert np.array_equal(ablation.shown_in(image[None], [pair], GRID)[0], cells)
+        if name != "relation":
+            assert shown[fine].all()
+        if name not in ("relation", "count"):
+            assert np.array_equal(cells, coarse)
+    if name == "relation":
+        anywhere = [carrying_cells(s, layout, n) for s in (scene, other)
+                    for n in ("relation", "letter")]
+        assert np.any(anywhere, 0)[coarse].all()
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return world.pairworld(60, "test", seed=0)
+
+
+def test_what_an_image_shows_is_found_row_by_row_and_in_what_was_sampled(held_out):
+    """The rows are images with pairs of their own, noise does no harm, and a blank image is
+    background alone."""
+    images, prompts = held_out.images[:, 0], held_out.prompts
+    shown = ablation.shown_in(images, prompts, 8)
+    for i in range(60):
+        alone = ablation.shown_in(images[i:i + 1], prompts[i:i + 1], 8)
+        assert np.array_equal(shown[i], alone[0])
+    noise = np.random.default_rng(0).normal(0, 12, images.shape)
+    noisy = (images + noise).clip(0, 255).astype(np.uint8)
+    assert np.array_equal(ablation.shown_in(noisy, prompts, 8), shown)
+    blank = ablation.shown_in(np.full_like(images, 250), prompts, 8)
+    on_background = [c in ("counting", "style") for c in held_out.categories]
+    assert blank.mean((1, 2)).tolist() == on_background
+
+
+def test_an_unpaired_prompt_shows_nothing_apart_whatever_it_says(held_out):
+    """It is a pair with itself. Its weights are then 1: there is nothing to weigh."""
+    prompts = [held_out.prompts[0][:1] * 2, ("a dog in the snow",) * 2]
+    assert not ablation.shown_in(held_out.images[:2, 0], prompts, 8).any()
+    weights = ppo.difference_weights(torch.zeros(1, 2, 3, 64), 0.5)
+    assert weights.equal(torch.ones(1, 2, 3, 64))
+
+
+def test_what_is_no_caption_of_pairworld_has_no_mask(held_out):
+    with pytest.raises(UserError, match="not a PairWorld caption"):
+        ablation.shown_in(held_out.images[:1, 0], [("a dog", "two dogs")], 8)
+
+
+@torch.no_grad()
+def test_where_the_weights_come_from(base):
+    """D_t of the model, spread, and the controls: the same values elsewhere, the oracle's cells, 30
+    % of the tokens."""
+    vq, policy = load_policy(base, "pretrain", "cpu")
+    pairs = world.pairworld(4, "train", 0)
+    tokens = train.encode_pairs(vq, pairs, np.arange(4), "cpu").flatten(0, 1)   # (8, N)
+    ids = policy.prompt_ids(pairs.flat_prompts())                               # (8, T)
+    twin_ids = ids.view(4, 2, -1).flip(1).flatten(0, 1)
+    given = policy, ids, twin_ids, tokens
+    sampling = dict(empty=None, guidance=1.0, temperature=1.0)
+    d_t = prompt_divergence(*given, **sampling)
+    cfg = train.PPO(out=str(base), device="cpu")
+    mask = ablation.oracle_mask(cfg)(*given, **sampling)
+    spread, shuffled, random = (source(*given, **sampling) for source in
+                                (ablation.spread, ablation.shuffled, ablation.random_tokens))
+    assert d_t.shape == spread.shape == shuffled.shape == mask.shape == random.shape == (8, 64)
+    assert spread.equal(ablation.spread_difference(d_t, 8))
+    assert shuffled.sort(-1)[0].equal(spread.sort(-1)[0])
+    assert not any(a.equal(b) for a, b in zip(shuffled, spread))
+    decoded = eval_paircomp.decode_ids(vq, tokens)
+    sides = [pair[::order] for pair in pairs.prompts for order in (1, -1)]
+    cells = ablation.shown_in(decoded, sides, 8)
+    assert mask.equal(torch.from_numpy(cells).flatten(1).float())
+    assert set(random.flatten().tolist()) == {0, 1} and 0.2 < random.mean() < 0.4
+
+
+def test_the_random_controls_follow_from_the_tokens():
+    """A resumed run draws the same again, another rollout draws others. 40,000 tokens: the share is
+    0.3 within 0.01, which 4.4 standard deviations exceed once in 100,000 times."""
+    tokens = torch.randint(320, (625, 64), generator=torch.Generator().manual_seed(0))
+    one, same, other = (ablation.random_tokens(None, None, None, t)
+                        for t in (tokens, tokens.clone(), tokens.roll(1)))
+    assert one.equal(same) and not one.equal(other)
+    assert one.mean().item() == pytest.approx(0.3, abs=0.01)
+
+
+# --------------------------------------------------------------------------------------------------
+# Objectives
+
+def tamed():
+    return ablation.TamedTruth(train.PPO())
+
+
+def test_an_objective_is_ppo_but_for_its_own_functions():
+    objectives = [tamed(), ablation.Choice(ablation.spread, 1.0, train.PPO()),
+                  ablation.weights_from(ablation.spread, train.PPO())]
+    for objective in objectives:
+        assert objective.difference_weights is ppo.difference_weights
+        assert objective.group_advantages is ppo.group_advantages
+    assert objectives[1].prompt_divergence is objectives[2].prompt_divergence is ablation.spread
+
+
+@pytest.mark.parametrize("step, p", [(0, 0), (9, 0), (10, 1), (15, 1), (24, 0.625), (60, 0)])
+def test_tamed_ground_truth_starts_late(step, p):
+    assert tamed().ground_truth_probability(step, 16, 32, 60) == pytest.approx(p)
+
+
+def test_tamed_ground_truth_is_the_own_image_alone():
+    tokens = torch.arange(2 * 2 * 4 * 3).view(16, 3)
+    truth = -1 - torch.arange(2 * 2 * 3).view(2, 2, 3)
+    use = torch.tensor([[True, False], [False, True]])
+    before = tokens.clone()
+    mixed, replaced = tamed().mix_ground_truth(tokens, truth, use)
+    both, _ = ppo.mix_ground_truth(tokens, truth, use)
+    rows = torch.arange(16).view(2, 2, 4)
+    assert replaced.nonzero().flatten().tolist() == [rows[0, 0, 0], rows[1, 1, 0]]
+    assert mixed[replaced].equal(both[replaced]) and mixed[~replaced].equal(tokens[~replaced])
+    assert tokens.equal(before)         # the rollout itself is left alone
+
+
+@pytest.mark.parametrize("pool", ["pair", "group"])
+def test_tamed_ground_truth_has_an_advantage_but_no_say(pool):
+    """Its reward is in no mean and no std; a rollout without ground truth counts everybody, even
+    after one with."""
+    objective = tamed()
+    objective.ground_truth_probability(12, 16, 32, 60)
+    use = torch.tensor([[True, True], [True, False]])
+    _, replaced = objective.mix_ground_truth(torch.zeros(20, 3), torch.ones(2, 2, 3), use)
+    rewards = torch.rand(2, 2, 5)
+    counted = ~replaced.view(2, 2, 5)
+    advantages = objective.token_advantages(rewards, None, pool)
+    expected = ppo.group_advantages(rewards, pool, counted)
+    assert advantages.equal(expected.view(-1, 1))
+    changed = torch.where(counted, rewards, 7.0)
+    again = objective.token_advantages(changed, None, pool).view(2, 2, 5)
+    assert again[counted].equal(expected[counted]) and (again > expected)[~counted].all()
+    weights = torch.rand(2, 2, 5, 3)
+    weighted = objective.token_advantages(rewards, weights, pool)
+    assert weighted.equal(weights.flatten(0, 2) * advantages)
+    objective.ground_truth_probability(13, 16, 32, 60)
+    advantages = objective.token_advantages(rewards, None, pool)
+    assert advantages.equal(ppo.token_advantages(rewards, None, pool))
+
+
+def tamed_loss(logratio, advantages, replaced, beta=0.0, ref=None):
+    """-> loss, stats, d loss / d logprobs, for old log-probs of -1."""
+    old = torch.full_like(logratio, -1.0)
+    logprobs = (old + logratio).requires_grad_()
+    ref = old if ref is None else ref
+    loss, stats = tamed().ppo_loss(logprobs, old, ref, advantages, 0.2, beta, replaced)
+    loss.backward()
+    return loss, stats, logprobs.grad
+
+
+@pytest.mark.parametrize("pi", [1e-6, 0.05, 0.5, 0.99])
+@pytest.mark.parametrize("advantage", [1.5, -0.5])
+def test_a_shaped_token_follows_its_formula(pi, advantage):
+    """Loss -pi/(pi + gamma) A and, by log pi, gradient -gamma pi/(pi + gamma)^2 A, wherever the
+    ratio stands."""
+    logratio = torch.tensor([[math.log(pi) + 1]])
+    loss, stats, gradient = tamed_loss(logratio, torch.tensor([[advantage]]), torch.tensor([True]))
+    expected = -pi / (pi + 0.1) * advantage
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert stats["pg_loss"].item() == pytest.approx(expected, rel=1e-4)
+    slope = -0.1 * pi / (pi + 0.1) ** 2 * advantage
+    assert gradient.item() == pytest.approx(slope, rel=1e-4)
+
+
+def test_the_gradient_of_a_next_to_impossible_token_vanishes_when_it_is_shaped():
+    """Ground truth is scored by the policy itself, so that its ratio is 1 and an impossible token
+    pulls as hard as any other."""
+    old = torch.tensor([[math.log(1e-6), math.log(0.1)]])
+    replaced = torch.tensor([True])
+    for objective, sizes in ((ppo, [0.5, 0.5]), (tamed(), [0.5e-5, 0.125])):
+        logprobs = old.clone().requires_grad_()
+        loss, _ = objective.ppo_loss(logprobs, old, old, torch.ones(1, 1), 0.2, 0.0, replaced)
+        loss.backward()
+        assert (-logprobs.grad[0]).tolist() == pytest.approx(sizes, rel=1e-3)
+
+
+def test_shaping_leaves_the_other_sequences_and_the_kl_alone():
+    logratio, advantages, ref = torch.randn(4, 5) * 0.4, torch.randn(4, 1), torch.randn(4, 5)
+    marked = torch.tensor([False, True, False, True])
+    nobody = torch.zeros(4, dtype=torch.bool)
+    _, plain_stats, plain = tamed_loss(logratio, advantages, nobody, 0.3, ref)
+    _, stats, gradient = tamed_loss(logratio, advantages, marked, 0.3, ref)
+    assert gradient[~marked].equal(plain[~marked]) and stats["kl"] == plain_stats["kl"]
+    assert not gradient[marked].allclose(plain[marked], atol=1e-3)
+    old = torch.full_like(logratio, -1.0)
+    logprobs = (old + logratio).requires_grad_()
+    ppo.ppo_loss(logprobs, old, ref, advantages, 0.2, 0.3, nobody)[0].backward()
+    assert plain.equal(logprobs.grad)   # with nobody marked it is the loss of ppo.py
+
+
+def test_the_choice_by_hand():
+    own, twin = torch.tensor([0.9, 0.5, 0.0, 0.004]), torch.tensor([0.3, 0.5, 1.0, 0.0])
+    assert ablation.choice_reward(own, twin, 0).tolist() == pytest.approx([0.75, 0.5, 0.0, 1.0])
+    expected = [0.901 / 1.202, 0.5, 0.001 / 1.002, 0.005 / 0.006]
+    assert ablation.choice_reward(own, twin).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_the_prompts_share_divides_out_of_the_choice():
+    """An image that is wrong in all else scores lower for both prompts, by the same factor."""
+    own, twin = torch.rand(50), torch.rand(50)
+    choice = ablation.choice_reward(own, twin, floor=0)
+    assert choice.allclose(ablation.choice_reward(0.01 * own, 0.01 * twin, floor=0), atol=1e-5)
+
+
+def test_a_score_is_what_the_prompts_share_times_the_choice():
+    own, twin = torch.rand(50) + 0.01, torch.rand(50)
+    objective = ablation.Choice(ablation.spread, 1.0, train.PPO())
+    shared = objective.REWARDS["shared"](own, twin)
+    assert shared.equal(own + twin) and objective.REWARDS["own"](own, twin).equal(own)
+    assert (shared * ablation.choice_reward(own, twin, floor=0)).allclose(own)
+
+
+def test_noise_is_a_draw_and_a_difference_is_not():
+    """1e-6 against 1e-8 is a hundred times as much and says nothing; 0.1 against 0.001 does."""
+    own, twin = torch.tensor([1e-6, 0.1]), torch.tensor([1e-8, 1e-3])
+    noise, difference = ablation.choice_reward(own, twin)
+    assert noise.item() == pytest.approx(0.5, abs=1e-3) and difference > 0.97
+
+
+def test_the_choice_rises_with_the_own_score_falls_with_the_twins_and_is_shared_between_them():
+    own, twin = torch.rand(50), torch.rand(50)
+    choice = ablation.choice_reward(own, twin)
+    assert (ablation.choice_reward(own + 0.01, twin) > choice).all()
+    assert (ablation.choice_reward(own, twin + 0.01) < choice).all()
+    assert ((choice > 0.5) == (own > twin)).all() and (choice > 0).all() and (choice < 1).all()
+    assert (choice + ablation.choice_reward(twin, own)).allclose(torch.ones(50))
+
+
+def test_an_unpaired_prompt_is_not_paid_for_a_choice_that_does_not_exist():
+    """Its twin is itself and scores the same: C is 1/2, and the advantages of the choice are 0. The
+    twin's score was once set to 0 before C was made, which paid such a prompt for being good."""
+    objective = ablation.Choice(ablation.spread, 0.5, train.PPO())
+    scores = torch.rand(1, 2, 6)
+    rewards = objective.REWARDS["own"](scores, scores)
+    assert objective.choice.equal(torch.full((1, 2, 6), 0.5))
+    advantages = objective.token_advantages(rewards, None, "group")
+    assert advantages.equal(ppo.token_advantages(scores, None, "group"))
+
+
+@pytest.mark.parametrize("pool", ["pair", "group"])
+def test_the_weights_act_on_the_choice_alone(pool):
+    own, twin, weights = torch.rand(2, 2, 3), torch.rand(2, 2, 3), torch.rand(2, 2, 3, 4)
+    objective = ablation.Choice(ablation.spread, 0.3, train.PPO())
+    rewards = objective.REWARDS["shared"](own, twin)
+    of_reward = ppo.group_advantages(own + twin, pool)[..., None]
+    of_choice = ppo.group_advantages(ablation.choice_reward(own, twin), pool)[..., None]
+    plain = objective.token_advantages(rewards, None, pool)
+    weighted = objective.token_advantages(rewards, weights, pool)
+    torch.testing.assert_close(plain, (of_reward + 0.3 * of_choice).flatten(0, 2))
+    torch.testing.assert_close(weighted, (of_reward + weights * 0.3 * of_choice).flatten(0, 2))
+
+
+# --------------------------------------------------------------------------------------------------
+# Running
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run folder with a tokenizer, a base model and judges that have learned nothing."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base") / "run"
+    folder.mkdir()
+    cfg = VQConfig(ch=8, norm_groups=4, z_channels=8, codebook_size=32, codebook_dim=4)
+    vq = VQModel(cfg)
+    save_weights(folder / "tokenizer.safetensors", vq.state_dict(), config=asdict(cfg))
+    model = ImageModel(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_ffn=32, image_vocab=32,
+                                   code_dim=4))
+    save_weights(folder / "pretrain.safetensors", model.state_dict(), config=asdict(model.cfg))
+    judges = {"train": Judge(JudgeConfig(width=16, n_layer=1, n_head=2)),
+              "heldout": Judge(JudgeConfig(kind="convolve", width=16, n_head=2))}
+    reward.save_judges(folder / "reward.safetensors", judges)
+    return folder
+
+
+SMALL = ["--device", "cpu", "--n-pairs", "60", "--pairs", "2", "--samples", "3", "--eval-every",
+         "2", "--eval-pairs", "1", "--lr", "3e-3"]
+
+
+@pytest.fixture
+def run_arms(base, tmp_path, monkeypatch):
+    """main() in a folder of its own, with small runs -> that folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_paircomp, "QUICK_PAIRS", 1)
+
+    def run(*runs, flags=(), base=base, preset="smoke"):
+        words = ["--base", str(base), "--preset", preset, "--results", "results"]
+        ablation.main([*runs, *words, *SMALL, *flags])
+        return tmp_path
+    return run
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_every_arm_runs(arm, run_arms, monkeypatch):
+    """One rollout of each, in which all of its own functions are used, and its result."""
+    monkeypatch.setattr(ablation.TamedTruth, "start", 0)
+    folder = run_arms(f"{arm}-3", flags=["--steps", "1"])
+    result = json.loads((folder / "results" / f"{arm}-3.json").read_text())
+    out = folder / "runs" / "ablation" / f"{arm}-3"
+    before, after = (load_weights(out / f"{policy}.safetensors")[0]
+                     for policy in ("pretrain", "ppo"))
+    assert any(not before[name].equal(after[name]) for name in before)
+    assert result["config"]["seed"] == 3 and result["config"]["out"] == f"runs/ablation/{arm}-3"
+    assert ARMS[arm][0].items() <= result["config"].items()
+    assert re.fullmatch("unknown|[0-9a-f]{7,}(-dirty)?", result["commit"])
+    assert set(result["machine"]) == {"processor", "capability", "device", "threads", "torch"}
+    assert result["machine"]["torch"] == torch.__version__ and result["minutes"] >= 0
+    categories = [*CATEGORIES, "average"]
+    for policy in ("base", "ppo"):
+        assert list(result[policy]["divergence_auc"]) == categories
+        assert list(result[policy]["spread_auc"]) == categories
+    for where in ("inside", "outside"):
+        change = result["ppo"]["change"][where]
+        assert list(change) == categories and change["average"] > 0
+    assert [list(entry)[:2] for entry in result["curve"]] == [["step", "train"]]
+
+
+KINDS = {"truth-tamed": ["--epochs", "2"], "group-shuffled": ["--guidance", "2"],
+         "group-random": [], "factored-mask": []}
+
+
+@pytest.mark.parametrize("arm", list(KINDS))
+def test_an_arm_stopped_and_resumed_ends_bitwise_equal(arm, run_arms, monkeypatch, tmp_path):
+    """Ctrl-C in the second of three rollouts, which is still ended, and the same command again. An
+    objective remembers nothing from one rollout to the next, and what it draws follows from the
+    tokens."""
+    monkeypatch.setattr(ablation.TamedTruth, "start", 1)
+    flags = ["--steps", "3", *KINDS[arm]]
+    run_arms(f"{arm}-0", flags=flags)
+    kept = tmp_path / "whole"
+    shutil.move(tmp_path / "runs" / "ablation" / f"{arm}-0", kept)
+    shutil.move(tmp_path / "results" / f"{arm}-0.json", kept / "result.json")
+
+    decode, calls = train.decode_ids, []
+
+    def press_ctrl_c(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return decode(*args)
+    monkeypatch.setattr(train, "decode_ids", press_ctrl_c)
+    with pytest.raises(UserError, match="stopped after step 2"):
+        run_arms(f"{arm}-0", flags=flags)
+    assert not (tmp_path / "results" / f"{arm}-0.json").exists()
+    run_arms(f"{arm}-0", flags=flags)
+    assert len(calls) == 3
+
+    out = tmp_path / "runs" / "ablation" / f"{arm}-0"
+    assert (out / "ppo.safetensors").read_bytes() == (kept / "ppo.safetensors").read_bytes()
+    whole, resumed = (json.loads(path.read_text()) for path in
+                      (kept / "result.json", tmp_path / "results" / f"{arm}-0.json"))
+    for key in ("base", "ppo", "curve", "config"):
+        assert whole[key] == resumed[key]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    used = [0, 1, 1] if arm == "truth-tamed" else [0, 0, 0]
+    assert [entry["truth_probability"] for entry in log] == used
+
+
+def test_an_arm_of_ppo_alone_is_what_train_py_does(run_arms, base, tmp_path):
+    """The same settings, the same bits: an arm is no loop of its own."""
+    run_arms("group-5", flags=["--steps", "2"])
+    out = tmp_path / "by_hand"
+    shutil.copytree(base, out)
+    train.main(["--stage", "ppo", "--preset", "smoke", "--out", str(out), "--seed", "5",
+                "--advantage", "group", "--steps", "2", *SMALL])
+    arm = tmp_path / "runs" / "ablation" / "group-5"
+    assert (arm / "ppo.safetensors").read_bytes() == (out / "ppo.safetensors").read_bytes()
+
+
+def test_a_run_that_has_its_result_is_left_alone_and_one_that_lacks_it_gets_it(run_arms, capsys):
+    folder = run_arms("group-0", flags=["--steps", "1"])
+    result, weights = folder / "results/group-0.json", folder / "runs/ablation/group-0"
+    before = result.read_bytes(), (weights / "ppo.safetensors").stat().st_mtime_ns
+    run_arms("group-0", flags=["--steps", "1"])
+    assert before == (result.read_bytes(), (weights / "ppo.safetensors").stat().st_mtime_ns)
+    assert "has its result already" in capsys.readouterr().out
+    result.unlink()                     # stopped between its weights and its result
+    run_arms("group-0", flags=["--steps", "1"])
+    assert result.read_bytes() == before[0]
+    result.unlink()
+    with pytest.raises(UserError, match="was trained with other settings; remove it to run"):
+        run_arms("group-0", flags=["--steps", "2"])
+
+
+def test_the_recipe_is_the_default_and_a_preset_or_a_flag_replaces_it():
+    cfg, _ = ablation.settings_of("truth-4", "tiny", ["--steps", "40"])
+    expected = ablation.RECIPE | {"steps": 40, "seed": 4, "ground_truth": [3, 22, 60]}
+    assert expected.items() <= asdict(cfg).items()
+    cfg, _ = ablation.settings_of("pair-0", "smoke", [])
+    assert train.PRESETS["smoke"]["ppo"].items() <= (asdict(cfg) | {"out": "runs/smoke"}).items()
+
+
+def test_a_base_that_lacks_a_stage_is_refused(run_arms, base, tmp_path):
+    poor = tmp_path / "poor"
+    shutil.copytree(base, poor)
+    (poor / "reward.safetensors").unlink()
+    with pytest.raises(UserError, match="--base .*poor: has no reward.safetensors"):
+        run_arms("group-0", base=poor)
+    with pytest.raises(UserError, match="--base nowhere: has no tokenizer.safetensors"):
+        run_arms("group-0", base="nowhere")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_base_does_not_replace_other_weights(run_arms, base, tmp_path):
+    """Two bases' runs under one name would be compared as one."""
+    out = tmp_path / "runs" / "ablation" / "group-0"
+    shutil.copytree(base, out)
+    tensors, meta = load_weights(out / "pretrain.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"] * 2
+    save_weights(out / "pretrain.safetensors", tensors, **meta)
+    before = (out / "pretrain.safetensors").read_bytes()
+    with pytest.raises(UserError, match="pretrain.safetensors is there already and differs"):
+        run_arms("group-0")
+    assert (out / "pretrain.safetensors").read_bytes() == before
+    assert not (out / "ppo.state").exists()
+
+
+@pytest.mark.parametrize("words, says", [
+    (["critic-0"], "critic-0: should be ARM-SEED, ARM one of group, pair"),
+    (["group"], "group: should be ARM-SEED"),
+    (["group-mine-0"], "the code of arm group-mine is gone; .* commit 95ba9cb, .*--mine 4"),
+    (["group-0", "--seed", "1"], "--seed: arm group and the run's name set this"),
+    (["group-0", "--advantage=pair"], "--advantage=pair: arm group and the run's name set this"),
+    (["group-0", "--sample", "3"], "did you mean --samples"),
+    (["group-0", "--out", "x"], "--out: goes with --compare"),
+    (["truth-0", "--samples", "2"], "should be at least 3, since ground truth"),
+    (["group-0", "--data", "x.json"], "give --test PairComp.json too"),
+    ([], "say one of: ARM-SEED"), (["--baseline", "y"], "say one of: ARM-SEED"),
+    (["group-0", "--compare", "x", "--baseline", "y"], "say one of: ARM-SEED"),
+    (["--compare", "x"], "--compare and --baseline go together"),
+    (["--compare", "--baseline", "y"], "expected at least one argument"),
+    (["--compare", "x", "--baseline", "y", "--seed", "1"], "--seed: goes with ARM-SEED"),
+    (["--difference", "nowhere"], "nowhere.tokenizer.safetensors: no such checkpoint"),
+])
+def test_what_is_typed_wrong_is_one_line(words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says) as error:
+        ablation.main(words)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_model_without_pairworlds_images_has_no_true_difference(base, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    cfg = VQConfig(image_size=64, ch=8, norm_groups=4, z_channels=8, codebook_size=32,
+                   codebook_dim=4)
+    save_weights(run / "tokenizer.safetensors", VQModel(cfg).state_dict(), config=asdict(cfg))
+    tensors, meta = load_weights(run / "pretrain.safetensors")
+    model = ImageModel(ModelConfig(**meta["config"] | {"n_image": cfg.grid ** 2}))
+    for policy in ("pretrain", "ppo"):
+        save_weights(run / f"{policy}.safetensors", model.state_dict(), config=asdict(model.cfg))
+    with pytest.raises(UserError, match="is no model of PairWorld"):
+        ablation.main(["--difference", str(run)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Where the prompts differ
+
+def test_divergence_auc():
+    mask = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
+    d = np.array([[4, 3, 2, 1], [1, 2, 3, 4], [5, 5, 5, 5], [1, 2, 3, 4]])
+    auc = ablation.divergence_auc(d, mask)
+    assert auc[:3].tolist() == [1, 0, 0.5] and np.isnan(auc[3])
+
+
+def test_the_difference_of_a_run_is_its_results(run_arms, capsys):
+    """--difference prints what the result of an arm holds, from the weights alone."""
+    folder = run_arms("spread-0", flags=["--steps", "1"])
+    result = json.loads((folder / "results" / "spread-0.json").read_text())
+    capsys.readouterr()
+    ablation.main(["--difference", "runs/ablation/spread-0"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    columns = [*CATEGORIES, "average"]
+    assert rows[1] == rows[7] == columns
+    printed = {" ".join(row[:-7]): row[-7:] for row in rows[2:6] + rows[8:]}
+
+    def cells(values, decimals):
+        return [f"{values[column]:.{decimals}f}" for column in columns]
+    change = result["ppo"]["change"]
+    assert printed == {
+        "D_t, base": cells(result["base"]["divergence_auc"], 2),
+        "D_t, ppo": cells(result["ppo"]["divergence_auc"], 2),
+        "spread D_t, base": cells(result["base"]["spread_auc"], 2),
+        "spread D_t, ppo": cells(result["ppo"]["spread_auc"], 2),
+        "inside the difference": cells(change["inside"], 3),
+        "outside the difference": cells(change["outside"], 3)}
+
+
+@torch.no_grad()
+def test_an_unchanged_policy_has_changed_nowhere_and_finds_the_difference_as_before(base):
+    vq, model = load_policy(base, "pretrain", "cpu")
+    pairs = world.pairworld(12, "test", 0)
+    *_, change = ablation.true_difference(vq, pairs, model, model, twins=False)
+    assert set(change["inside"].values()) == set(change["outside"].values()) == {0.0}
+    auc, spread_auc, size = ablation.true_difference(vq, pairs, model, model, twins=True)
+    assert all(0 <= value <= 1 for value in [*auc.values(), *spread_auc.values()])
+    assert size["inside"]["average"] > 0
+
+
+# --------------------------------------------------------------------------------------------------
+# The bootstrap
+
+UNEQUAL = ["color"] * 4 + ["counting"] * 2 + ["text"]
+EACH = [c for c in CATEGORIES for _ in range(2)]
+
+
+def report(scores, categories):
+    """What `eval_paircomp.paircomp` says of scores (P, 4), here the same of all judges. A pair is
+    right where all its scores are 1."""
+    scores = np.asarray(scores, np.float64)
+    right = (scores == 1).all(1).astype(int)
+    of_judges = {judge: eval_paircomp.summarize(scores, categories) for judge in JUDGES}
+    pairs = {judge: scores.tolist() for judge in JUDGES}
+    pairs |= {"pair_accuracy": right.tolist(), "categories": list(categories)}
+    accuracy = eval_paircomp.category_means(right, categories)
+    return {**of_judges, "pair_accuracy": accuracy, "pairs": pairs}
+
+
+def result(seed, scores, categories=EACH, tests=(0.5, 0.6, 0.7)):
+    """A result: a run of a seed with the scores at its end, and its quick tests at rollouts 0, 20,
+    40, ..."""
+    curve = [{"step": 20 * i, **{judge: {"s_a": s, "s_g": s} for judge in JUDGES},
+              "pair_accuracy": s} for i, s in enumerate(tests)]
+    auc = {"divergence_auc": {"average": 0.6}}
+    change = {"change": {"inside": {"average": 0.03}, "outside": {"average": 0.01}}}
+    base = report(np.full_like(scores, 0.25), categories) | auc
+    return {"base": base, "ppo": report(scores, categories) | auc | change, "curve": curve,
+            "config": {"seed": seed}}
+
+
+def random_scores(seed, categories=EACH):
+    return np.random.default_rng(seed).uniform(0.3, 0.7, (len(categories), 4))
+
+
+def write(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two arms of two seeds: a folder as a run leaves it and three files; the second arm is 10
+    points better throughout."""
+    (tmp_path / "pair-0").mkdir()
+    write(tmp_path / "pair-0" / "paircomp.json", result(0, random_scores(0)))
+    pair = [str(tmp_path / "pair-0"), write(tmp_path / "pair-1.json", result(1, random_scores(1)))]
+    better = [write(tmp_path / f"pair-choice-{s}.json", result(s, random_scores(s) + 0.1))
+              for s in (0, 1)]
+    return {"pair": pair, "pair-choice": better}
+
+
+def test_the_mean_is_exact_and_inside_its_interval():
+    """Mean of the categories' means, whatever their sizes: color's four pairs count as much as the
+    one of text."""
+    values = np.random.default_rng(0).normal(size=(3, 7))
+    mean, low, high = ablation.bootstrap(values, UNEQUAL)
+    by_hand = (values[:, :4].mean() + values[:, 4:6].mean() + values[:, 6].mean()) / 3
+    assert mean == pytest.approx(by_hand, abs=1e-12) and abs(mean - values.mean()) > 1e-3
+    assert low < mean < high
+    assert ablation.bootstrap(values, UNEQUAL, 1)[0] == mean
+
+
+def test_the_order_of_the_pairs_and_of_the_seeds_does_not_matter_to_the_mean():
+    values = np.random.default_rng(1).normal(size=(3, 7))
+    order = np.random.default_rng(2).permutation(7)
+    mean, *_ = ablation.bootstrap(values, UNEQUAL)
+    shuffled, *_ = ablation.bootstrap(values[::-1, order], np.array(UNEQUAL)[order])
+    assert shuffled == pytest.approx(mean, abs=1e-12)
+
+
+def test_without_spread_the_interval_has_no_width():
+    """Categories may differ: pairs are drawn again within theirs."""
+    by_category = np.tile([1.0] * 4 + [2.0] * 2 + [6.0], (3, 1))
+    for values in (np.full((3, 7), 0.3), by_category):
+        mean, low, high = ablation.bootstrap(values, UNEQUAL)
+        assert low == pytest.approx(mean, abs=1e-12) and high == pytest.approx(mean, abs=1e-12)
+
+
+def test_seeds_and_pairs_both_widen_the_interval():
+    rng = np.random.default_rng(3)
+    seeds = np.tile(rng.normal(size=(4, 1)), 12)
+    pairs = np.tile(rng.normal(size=(1, 12)), (4, 1))
+
+    def width(values):
+        _, low, high = ablation.bootstrap(values, EACH)
+        return high - low
+    of_seeds, of_pairs, of_both = map(width, (seeds, pairs, seeds + pairs))
+    assert 0 < max(of_seeds, of_pairs) < of_both < of_seeds + of_pairs
+
+
+def test_the_bootstrap_is_determined_by_its_seed():
+    values = np.random.default_rng(4).normal(size=(3, 7))
+    one, same, other = (ablation.bootstrap(values, UNEQUAL, seed=s) for s in (0, 0, 1))
+    assert one == same and one[0] == other[0] and one[1:] != other[1:]
+    assert one[1:] == pytest.approx(other[1:], abs=0.05)
+
+
+@pytest.mark.parametrize("of_seeds, of_pairs, of_both",
+                         [(0.03, 0.1, 0.1), (0.0, 0.1, 0.1), (0.05, 0.0, 0.0)])
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(of_seeds, of_pairs, of_both):
+    """Twelve seeds, a truth of 0.1, and effects of seeds, of pairs and of both: 95 %, a little less
+    for so few seeds."""
+    rng, hits, n = np.random.default_rng(5), 0, 200
+    categories = ["color"] * 10 + ["counting"] * 20 + ["text"] * 5
+    for i in range(n):
+        effects = of_seeds * rng.normal(size=(12, 1)) + of_pairs * rng.normal(size=35)
+        values = 0.1 + effects + of_both * rng.normal(size=(12, 35))
+        _, low, high = ablation.bootstrap(values, categories, 300, i)
+        hits += low <= 0.1 <= high
+    assert 0.86 <= hits / n <= 0.99
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics, pairing, table
+
+def test_metrics_of_the_pairs_by_hand():
+    scores = [[0.5, 0.5, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]
+    metrics = ablation.pair_metrics(report(scores, ["color", "color", "text"]))
+    of_judges = {f"{judge} {m}" for judge in JUDGES for m in ("s_a", "s_g", "gap")}
+    assert set(metrics) == of_judges | {"pair accuracy"}
+    for judge in JUDGES:
+        assert metrics[f"{judge} s_a"] == pytest.approx([0.75, 0.75, 1])
+        assert metrics[f"{judge} s_g"] == pytest.approx([0.5 ** 0.5, 0, 1])
+        assert metrics[f"{judge} gap"] == pytest.approx([0.75 - 0.5 ** 0.5, 0.75, 0])
+    assert metrics["pair accuracy"].tolist() == [0, 0, 1]
+
+
+def test_the_means_are_those_of_the_report():
+    """The macro average of the pairs' metrics is the "average" that training prints."""
+    run = {0: result(0, random_scores(0, UNEQUAL), UNEQUAL)}
+    table, _ = ablation.compare(run, run)
+    for judge in JUDGES:
+        for key, value in run[0]["ppo"][judge]["average"].items():
+            assert table[f"{judge} {key}"][:2] == pytest.approx([value, value], abs=1e-12)
+            assert table[f"{judge} {key}"][2:] == (0, 0, 0)
+
+
+def test_runs_are_paired_by_seed():
+    """Seeds that scatter far more than the arms differ: seed by seed and pair by pair the
+    difference is the same, and so it is certain."""
+    def runs_of(plus, seeds):
+        return {s: result(s, np.full((12, 4), 0.1 * s + plus)) for s in seeds}
+    arm, baseline = runs_of(0.15, (2, 1, 5)), runs_of(0.1, (6, 1, 2))
+    table, seeds = ablation.compare(arm, baseline)
+    assert seeds == [1, 2]              # the means are of the seeds that both have
+    assert table["heldout s_a"] == pytest.approx([0.3, 0.25, 0.05, 0.05, 0.05], abs=1e-9)
+    swapped = ablation.compare(baseline, arm)[0]
+    assert swapped["heldout s_a"][2] == pytest.approx(-0.05)
+
+
+def test_the_worst_dip_is_that_of_the_worst_seed_after_the_first_rollouts():
+    curves = {0: (0.5, 0.6, 0.45, 0.7), 1: (0.4, 0.39, 0.5, 0.5)}
+    arm = {s: result(s, random_scores(s), tests=tests) for s, tests in curves.items()}
+    assert ablation.worst_dip(arm) == pytest.approx(0.9)
+    assert ablation.worst_dip(arm, after=60) == pytest.approx(1.25)
+    assert ablation.worst_dip(arm, after=0) == pytest.approx(0.9)
+    assert ablation.worst_dip({1: arm[1]}) == pytest.approx(0.975)
+
+
+def test_the_table_has_a_row_an_arm_and_intervals_but_for_the_baseline():
+    scores = np.full((12, 4), 0.5)
+    baseline = {s: result(s, scores, tests=(0.5, 0.4)) for s in (0, 1, 2)}
+    better = {s: result(s, scores + 0.1) for s in (0, 1)}
+    text = ablation.markdown({"better": better}, "plain", baseline)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert rows[0][:2] == ["arm", "seeds"] and rows[0][-1] == "worst dip"
+    assert {len(row) for row in rows} == {len(rows[0])} and len(rows) == 4
+    assert rows[2] == ["plain", "3", "50.0", "50.0", "0.0", "50.0", "50.0", "0.0", "-20 %"]
+    assert rows[3][:4] == ["better", "2"] + ["60.0 (+10.0 [+10.0, +10.0])"] * 2
+    assert rows[3][-1] == "+20 %"
+
+
+def test_ground_truth_is_reported_by_origin():
+    """Averaged over the tests that saw ground truth; an arm without any has nothing to report."""
+    run = result(0, random_scores(0))
+    assert ablation.truth_report({0: run}) == []
+    run["curve"][1] |= {"grad_norm_of": {"sampled": 0.1, "twin_truth": 0.4},
+                        "kl_of": {"sampled": 0.0, "twin_truth": 3.0}}
+    run["curve"][2] |= {"grad_norm_of": {"sampled": 0.3}, "kl_of": {"sampled": 1.0}}
+    assert ablation.truth_report({0: run}) == [
+        "gradient norm of 2 rollouts: sampled 0.200, twin_truth 0.400",
+        "k3, nats a token of 2 rollouts: sampled 0.500, twin_truth 3.000"]
+
+
+def test_the_difference_is_reported_before_and_after():
+    arm = {s: result(s, random_scores(s)) for s in (0, 1)}
+    assert ablation.difference_report(arm) == [
+        "divergence_auc base: average 0.60", "divergence_auc ppo: average 0.60",
+        "change inside the true difference, nats a token: average 0.030",
+        "change outside the true difference, nats a token: average 0.010"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+def test_runs_are_read_by_arm_and_seed(runs):
+    arms = ablation.read_arms([*runs["pair-choice"], *runs["pair"]])
+    assert list(arms) == ["pair-choice", "pair"]
+    assert all(list(arm) == [0, 1] for arm in arms.values())
+    assert arms["pair"][0]["ppo"]["pairs"]["heldout"] == random_scores(0).tolist()
+
+
+@pytest.mark.parametrize("lacking", ["base", "ppo", "curve", "config"])
+def test_a_file_that_is_no_result_is_refused(tmp_path, lacking):
+    whole = result(0, random_scores(0))
+    path = write(tmp_path / "pair-0.json", {k: v for k, v in whole.items() if k != lacking})
+    with pytest.raises(UserError, match=rf"pair-0.json: has no '{lacking}'"):
+        ablation.read_arms([path])
+
+
+@pytest.mark.parametrize("content, says", [("[]", "has no 'base'"), ("null", "has no 'base'"),
+                                           ("{", "broken JSON at line 1")])
+def test_a_file_that_is_no_object_is_refused(tmp_path, content, says):
+    with pytest.raises(UserError, match=says):
+        ablation.read_arms([write(tmp_path / "pair-0.json", content)])
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="pair-7: no such file"):
+        ablation.read_arms([tmp_path / "pair-7"])
+    (tmp_path / "pair-8").mkdir()
+    with pytest.raises(UserError, match="pair-8.paircomp.json: no such file"):
+        ablation.read_arms([tmp_path / "pair-8"])
+
+
+def test_a_seed_that_comes_twice_is_refused(tmp_path):
+    """The seed is that of the config, not of the name: a copied run would count twice."""
+    paths = [write(tmp_path / f"pair-{i}.json", result(0, random_scores(0))) for i in (0, 1)]
+    with pytest.raises(UserError, match="pair-1.json: arm pair has a run of seed 0 already"):
+        ablation.read_arms(paths)
+
+
+def test_runs_without_a_seed_in_common_are_refused():
+    arm = {s: result(s, random_scores(s)) for s in (1, 0)}
+    with pytest.raises(UserError, match=r"no seed in common: \[0, 1\] and \[2\]"):
+        ablation.compare(arm, {2: result(2, random_scores(2))})
+
+
+@pytest.mark.parametrize("other", [EACH[:-1], EACH[::-1]])
+def test_runs_of_different_test_pairs_are_refused(other):
+    baseline = {0: result(0, random_scores(0, other), other)}
+    with pytest.raises(UserError, match="different pairs.*--eval-pairs"):
+        ablation.compare({0: result(0, random_scores(0))}, baseline)
+
+
+# --------------------------------------------------------------------------------------------------
+# --compare on the command line, and the images of plots.py
+
+def test_the_table_and_the_image_on_the_command_line(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    ablation.main(["--compare", *runs["pair"], *runs["pair-choice"], "--baseline", *runs["pair"],
+                   "--out", str(tmp_path / "x.png")])
+    out = capsys.readouterr().out
+    names = [line.split("|")[1].strip() for line in out.splitlines()[2:4]]
+    assert names == ["pair", "pair-choice"]                             # the baseline only once
+    assert "(+10.0 [+10.0, +10.0])" in out
+    assert out.splitlines()[-1] == f"image: {tmp_path / 'x.png'}"
+    with Image.open(tmp_path / "x.png") as image:
+        assert min(image.size) > 300 and len(image.convert("RGB").getcolors(10 ** 6)) > 50
+
+
+def test_without_matplotlib_there_is_a_table_but_no_image(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        ablation.main(["--compare", *runs["pair-choice"], "--baseline", *runs["pair"],
+                       "--out", str(tmp_path / "x.png")])
+    assert "| pair-choice | 2 |" in capsys.readouterr().out
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_baseline_is_one_arm(runs):
+    says = "--baseline: should be the runs of one arm, found pair, pair-choice"
+    with pytest.raises(UserError, match=says):
+        ablation.main(["--compare", *runs["pair"], "--baseline", *runs["pair"],
+                       *runs["pair-choice"]])
+
+
+def test_what_cannot_be_compared_leaves_with_one_line_and_a_status(runs, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--compare", runs["pair-choice"][0],
+                                      "--baseline", runs["pair"][1]])
+    with pytest.raises(SystemExit) as end:          # python prints its code and leaves with 1
+        runpy.run_path(ablation.__file__, run_name="__main__")
+    assert end.value.code == "error: no seed in common: [0] and [1]; runs are paired by seed"
+    assert not capsys.readouterr().out
+
+
+def log_line(stage, step, **values):
+    return json.dumps({"stage": stage, "step": step, "seconds": 1.0, **values}) + "\n"
+
+
+@pytest.fixture
+def run_log(tmp_path):
+    """A run folder with a log of all four stages and of lines that belong to no step."""
+    test = {judge: {"s_a": 0.5, "s_g": 0.4} for judge in JUDGES} | {"pair_accuracy": 0.6}
+    lines = [log_line("tokenizer", 0, psnr=10.0), json.dumps({"stage": "tokenizer", "report": {}})]
+    lines[1] += "\n"
+    lines += [log_line("pretrain", 0, loss=3.0), log_line("reward", 0, loss_train=1.0)]
+    for step in range(3):
+        values = dict(reward=0.5, kl=0.1, entropy=1.0, clipfrac=0.0, pg_loss=0.0)
+        lines.append(log_line("ppo", step, **values, **({"test": test} if step == 0 else {})))
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def test_curves_are_drawn_of_a_log_on_the_command_line(run_log, capsys):
+    pytest.importorskip("matplotlib")
+    plots.main([str(run_log)])
+    assert capsys.readouterr().out == f"curves: {run_log / 'curves.png'}\n"
+    with Image.open(run_log / "curves.png") as image:
+        assert min(image.size) > 500 and len(image.convert("RGB").getcolors(10 ** 6)) > 50
+
+
+def test_without_matplotlib_curves_are_not_drawn_and_it_says_how(run_log, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    says = plots.draw_curves(run_log)
+    assert "pip install matplotlib" in says and f"python -m extras.plots {run_log}" in says
+    assert not (run_log / "curves.png").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["nowhere"], ["one", "two"]])
+def test_curves_want_one_run_folder(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="wants one run folder, with a log.jsonl"):
+        plots.main(words)
