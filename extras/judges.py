@@ -62,9 +62,18 @@ RETRIES = 8  # how often a request is repeated
 PATIENCE = 30  # seconds without an answer until a run says so
 PASSING = (429, 500, 502, 503, 504)  # statuses that may pass
 
+MODEL_NAME = re.compile("[A-Za-z0-9._:/-]+")
+# Monkey and Keye are vision-language models
+LIKE_A_KEY = re.compile("^(sk|pk|xai)-|^(gsk|hf)_|(?<!mon)key(?!e)", re.IGNORECASE)
+LISTED = set()  # URL#MODEL of every model that a server has listed: no key, whatever it looks like
+
 
 class JudgeError(UserError):
     """A judge that cannot be reached, or whose answer cannot be read."""
+
+
+class WrongAnswer(JudgeError):
+    """A server that answers, but not what an OpenAI-compatible server would."""
 
 
 class UnreadableAnswer(JudgeError):
@@ -171,22 +180,31 @@ def name_judges(cfg):
 
 
 def check_spec(spec):
-    """UserError for a --judge that none of this file can be, or that has a secret in it. Called
-    before anything is printed or asked."""
-    try:
-        parts = urlsplit(spec)
-        secret = "@" in parts.netloc or bool(parts.query)
-        # the port is only parsed here; ValueError if it is no number
-        host = parts.hostname if parts.port is None else f"{parts.hostname}:{parts.port}"
-    except ValueError:
-        secret = False
-        host = None
-    if secret:
+    """UserError for a --judge that none of this file can be, or that may have a secret in it.
+    Called before anything is printed or asked.
+
+    Of a spec that is refused nothing behind its # is printed. What passes here may still be a key:
+    `ServerJudge.find_model` prints and sends it only if the server has a model of this name."""
+    if spec.startswith("transformers:") or spec in LISTED:
+        return
+    address, mark, model = spec.partition("#")
+    if "@" in spec or "?" in spec:
         raise UserError("--judge: has a password or a query in its URL, where logs would show it; "
                         "put the key into the environment variable JUDGE_API_KEY")
-    if not spec.startswith("transformers:") and (not is_elsewhere(spec) or not host):
-        raise UserError(f"--judge {spec}: should be http://HOST:PORT/v1, with #MODEL for one of "
+    try:
+        parts = urlsplit(address)
+        parts.port  # ValueError if it is no number
+        right = is_elsewhere(spec) and parts.hostname
+    except ValueError:
+        right = False
+    if not right:  # with a # in it, what stands before may be half of a password
+        shown = "" if mark else f" {spec}"
+        raise UserError(f"--judge{shown}: should be http://HOST:PORT/v1, with #MODEL for one of "
                         "several, or transformers:DIR")
+    if model and (not MODEL_NAME.fullmatch(model) or LIKE_A_KEY.search(model)):
+        raise UserError(f"--judge {address}: what stands behind its # is no name of a model, and "
+                        "is not shown since it may be a key; a key belongs into the environment "
+                        "variable JUDGE_API_KEY")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,12 +221,12 @@ class ServerJudge:
     not begun are dropped."""
 
     def __init__(self, url, workers=WORKERS, timeout=TIMEOUT, retries=RETRIES):
+        check_spec(url)
+        address, _, model = url.partition("#")
         try:
             import urllib3
         except ImportError:
-            raise UserError(f"--judge {url}: pip install urllib3, which asks it") from None
-        check_spec(url)
-        address, _, model = url.partition("#")
+            raise UserError(f"--judge {address}: pip install urllib3, which asks it") from None
         self.url = address.rstrip("/")
         if not urlsplit(self.url).path:
             self.url += "/v1"
@@ -224,7 +242,7 @@ class ServerJudge:
             maxsize=workers, block=True, retries=self.retry, timeout=limits
         )
         self.workers = ThreadPoolExecutor(workers, thread_name_prefix="judge")
-        self.model = model or self.only_model()
+        self.model = self.find_model(model)
         self.name = f"{self.url}#{self.model}"
         self.who = self.model  # the same model at another address is the same judge
 
@@ -264,12 +282,12 @@ class ServerJudge:
                              f"{response.status}, asked {retry.total + 1} times: "
                              f"{self.safe(message_of(text))}")
         if response.status != 200:
-            raise JudgeError(f"{url}: status {response.status}: {self.safe(message_of(text))}")
+            raise WrongAnswer(f"{url}: status {response.status}: {self.safe(message_of(text))}")
         try:
             return json.loads(text)
         except ValueError as e:
-            raise JudgeError(f"{url}: no JSON: {self.safe(text)!r} ({e}); is it an "
-                             "OpenAI-compatible server?") from e
+            raise WrongAnswer(f"{url}: no JSON: {self.safe(text)!r} ({e}); is it an "
+                              "OpenAI-compatible server?") from e
 
     def safe(self, text, most=300):
         """What a server said: short, on one line, and without the key if it quotes the key."""
@@ -278,19 +296,39 @@ class ServerJudge:
             text = text.replace(self.key, "(key)")
         return text[:most]
 
-    def only_model(self):
-        """The name of the model of a server that has one. JudgeError if it has more."""
+    def find_model(self, name):
+        """A name, or "" -> the model of this name, or the only one. JudgeError if the server has
+        no such model. A name that it does not list may be a key: it is neither sent nor printed."""
+        try:
+            names = self.list_models()
+        except WrongAnswer:
+            if not name:
+                raise
+            return name  # a server that lists no models
+        LISTED.update(f"{self.url}#{listed}" for listed in names)
+        if not name and len(names) == 1:
+            return names[0]
+        if name in names:
+            return name
+        shown = self.safe(", ".join(names), 1000)
+        if name:
+            raise JudgeError(f"{self.url}: has no model of the name that stands behind the #, "
+                             f"which is not shown since it may be a key; it has {shown}")
+        raise JudgeError(f"{self.url}: has {len(names)} models ({shown}); choose one: --judge "
+                         f"{self.url}#NAME")
+
+    def list_models(self):
+        """The names of the models of the server. WrongAnswer if it does not list any."""
         # who opens a judge should not wait as long as who has begun to train with it
         answer = self.request("GET", "/models", retries=min(3, self.retry.total))
         try:
             names = [str(entry["id"]) for entry in answer["data"]]
-        except (KeyError, TypeError) as e:
-            raise JudgeError(f"{self.url}/models: names no models: {self.safe(answer)}; give the "
-                             f"name: --judge {self.url}#NAME") from e
-        if len(names) != 1:
-            raise JudgeError(f"{self.url}: has {len(names)} models ({', '.join(names)}); choose "
-                             f"one: --judge {self.url}#NAME")
-        return names[0]
+        except (KeyError, TypeError):
+            names = []
+        if not names:
+            raise WrongAnswer(f"{self.url}/models: names no models: {self.safe(answer)}; give the "
+                              f"name: --judge {self.url}#NAME")
+        return names
 
     def ask(self, image, prompt):
         """An image (H, W, 3) uint8 and a string -> R, a float."""

@@ -9,8 +9,8 @@ model can answer. P(yes) is the mean of the red values of the image, so that a t
 score and a policy has something to learn. A prompt orders a fault by its first words, "fault NAME
 N": the first N requests with this prompt meet it, and later ones are answered.
 
-GET /seen: every chat request so far as [{prompt, at, key, size, text}], the most that were under
-way at the same time, and how many had a wrong key.
+GET /seen: every chat request so far as [{prompt, at, key, size, text}], the models that were asked
+for, the most requests under way at the same time, and how many had a wrong key.
 """
 import base64
 import io
@@ -36,6 +36,7 @@ SEEN = []  # every chat request
 COUNTS = {}  # prompt -> requests with it
 ACTIVE = [0, 0]  # under way now, and the most so far
 REFUSED = []  # paths of requests with a wrong key
+MODELS = []  # that a chat request has asked for
 
 
 def error(status, message, kind, **fields):
@@ -137,7 +138,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/seen":
-            seen = {"requests": SEEN, "most_at_once": ACTIVE[1], "refused": len(REFUSED)}
+            seen = {"requests": SEEN, "models": MODELS, "most_at_once": ACTIVE[1],
+                    "refused": len(REFUSED)}
             return self.reply(200, {}, seen)
         if self.is_refused():
             return
@@ -166,6 +168,7 @@ class Handler(BaseHTTPRequestHandler):
                 ACTIVE[0] -= 1
 
     def chat(self, body):
+        MODELS.append(body["model"])
         try:
             image, text, right = read_request(body)
         except (KeyError, ValueError, TypeError) as e:

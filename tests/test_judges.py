@@ -2,6 +2,7 @@
 a tiny random model through transformers."""
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import train
 from common import UserError, load_weights
 from extras import judges, paircomp_files
 from extras.judges import (QUESTION, JudgeError, Panel, ServerJudge, TransformersJudge,
-                           answer_probability, listed_tokens, open_judges)
+                           answer_probability, check_spec, listed_tokens, open_judges)
 from tiny_vlm import make_tiny_vlm
 
 ROOT = Path(__file__).parents[1]
@@ -203,14 +204,18 @@ def test_a_wrong_key_is_refused_at_once_and_no_key_is_ever_shown(monkeypatch, ca
     try:
         wants = "wants a key .*set the environment variable JUDGE_API_KEY,"
         for key, says in (("", wants), ("wrong-key-1234", "refuses the key")):
+            monkeypatch.setenv("JUDGE_API_KEY", "right-key-7391")
+            judge = ServerJudge(url)
+            judge.key = key  # right when the judge was opened
             monkeypatch.setenv("JUDGE_API_KEY", key)
             before = seen(url)["refused"]
-            with pytest.raises(JudgeError, match=says):
-                ServerJudge(url)
-            assert seen(url)["refused"] == before + 1  # not repeated
+            for spec in (url, url + "#tiny-vlm"):
+                with pytest.raises(JudgeError, match=says):
+                    ServerJudge(spec)
+            assert seen(url)["refused"] == before + 2  # not repeated
             with pytest.raises(JudgeError, match=says) as error:
-                ServerJudge(url + "#tiny-vlm").score(random_images(3), ["a", "b", "c"])
-            assert seen(url)["refused"] <= before + 4 and "wrong-key" not in str(error.value)
+                judge.score(random_images(3), ["a", "b", "c"])
+            assert seen(url)["refused"] <= before + 5 and "wrong-key" not in str(error.value)
         monkeypatch.setenv("JUDGE_API_KEY", "right-key-7391")
         judge = ServerJudge(url)
         judge.score(random_images(1), ["with a key"])
@@ -272,6 +277,53 @@ def test_a_judge_with_a_secret_in_it_is_refused_before_it_is_printed(tmp_path, c
         with pytest.raises(UserError, match="JUDGE_API_KEY"):
             train.main(["--stage", "ppo", flag, "http://me:secret@host/v1", "--out", str(run)])
     assert "secret" not in "".join(capsys.readouterr()) and not run.exists()
+
+
+@pytest.mark.parametrize("spec", [
+    "{url}#sk-secret-1",
+    "{url}#SK-SECRET-1",
+    "{url}#api_key=secret",
+    "{url}#my-key-secret",
+    "{url}#secret?",
+    "{url}#secret word",
+    "{url}#me@secret",
+    "{url}#se#cret",
+    "{url}#secret/7391:abc",  # this one could be a name, but the server has no such model
+    "{root}/two/v1#secret-7391",
+    "http://user:pa#secret@host/v1",
+    "http://user:secret#x",
+    "http://user:secret@host/v1#tiny-vlm",
+    "localhost:8000#secret",
+])
+def test_what_stands_behind_a_sharp_is_never_printed_or_sent_unless_it_is_a_model(
+        url, spec, capsys, caplog):
+    """A key behind the # of a judge's URL was taken for the name of a model: printed in errors,
+    written into config.json, and sent to the server."""
+    caplog.set_level("DEBUG")
+    with pytest.raises(UserError) as error:
+        open_judges([spec.format(url=url, root=url.removesuffix("/v1"))])
+    shown = (str(error.value) + caplog.text + "".join(capsys.readouterr())).lower()
+    assert "secret" not in shown and "cret" not in shown and "\n" not in str(error.value)
+    assert "secret" not in json.dumps(seen(url))
+    if "7391" in spec:
+        assert re.search("has no model of the name that .* it has tiny-vlm", str(error.value))
+
+
+def test_a_model_that_looks_like_a_key_is_a_model_if_the_server_says_so(monkeypatch, url):
+    """train.py opens a judge a second time by the name that it has found: what a server lists is no
+    secret, whatever characters it has."""
+    for name in ("C:\\models\\a b", "sk-vlm", "me/keyframe@2"):
+        monkeypatch.setattr(ServerJudge, "list_models", lambda self: [name])
+        judge = open_judges([url])
+        assert open_judges(judge.names).names == judge.names == [f"{url}#{name}"]
+    for name in ("echo840/Monkey", "Kwai-Keye/Keye-VL-8B", "llava:7b"):
+        check_spec(f"{url}#{name}")
+
+
+def test_a_server_that_lists_no_models_is_asked_for_the_one_that_is_named(url):
+    judge = ServerJudge(url.removesuffix("/v1") + "/nothing/v1#tiny-vlm")
+    assert judge.model == "tiny-vlm"
+    assert_close(judge.score(random_images(1), ["a"]), redness(random_images(1)))
 
 
 def test_an_address_without_a_path_and_one_of_several_models(url):
