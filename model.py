@@ -411,7 +411,7 @@ def load_policy(run, policy, device, dtype=None):
     """A run folder, "pretrain" or "ppo" -> (tokenizer, model), in eval mode. UserError if they do
     not fit each other.
 
-    dtype: fp32, bf16, or auto (bf16 on CUDA); None is what the policy was trained in."""
+    dtype: fp32, bf16, or auto (bf16 on CUDA); None is what the run was trained in."""
     run = Path(run)
     device = torch.device(device)
     vq = load_module(run / "tokenizer.safetensors", VQModel, VQConfig, device)
@@ -429,7 +429,8 @@ def load_policy(run, policy, device, dtype=None):
                         f"tokens, tokenizer.safetensors {ours[0]} and {ours[1]}; train one of them "
                         "again")
     model.stored = {k: v.dtype for k, v in model.state_dict().items()}
-    model.bf16 = uses_bf16(dtype or run_settings(run, policy).get("dtype", "auto"), device)
+    trained = run_settings(run, "ppo") or run_settings(run, "pretrain")
+    model.bf16 = uses_bf16(dtype or trained.get("dtype", "auto"), device)
     return vq, model if model.bf16 else model.float()
 
 

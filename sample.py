@@ -28,8 +28,8 @@ def add_policy_flags(parser):
     parser.add_argument("--run", metavar="DIR", required=True, help="run folder of train.py")
     parser.add_argument("--policy", choices=["ppo", "pretrain"], default="ppo", help="(ppo)")
     parser.add_argument("--guidance", type=float,
-                        help="w of classifier-free guidance (as the policy was trained with)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="tau (1)")
+                        help="w of classifier-free guidance (as in the run's PPO)")
+    parser.add_argument("--temperature", type=float, help="tau (as in the run's PPO)")
     parser.add_argument("--seed", type=int, default=0, help="images follow from it and --batch (0)")
     parser.add_argument("--batch", type=int, default=64, help="images at once (64)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -44,12 +44,14 @@ def check_policy_flags(args):
         raise UserError(f"--seed {args.seed}: should be 0 or more")
 
 
-def policy_guidance(args, model):
-    """--guidance, else what the run's policy was trained with, else what is usual for its kind."""
-    if args.guidance is not None:
-        return args.guidance
-    trained = run_settings(args.run, "ppo") if args.policy == "ppo" else {}
-    return trained.get("guidance", usual_guidance(model))
+def fill_sampling(args, model):
+    """--guidance and --temperature where they are not given: those of the run's PPO, for the base
+    model too, so that the two compare; without PPO what is usual for the kind of model."""
+    trained = run_settings(args.run, "ppo")
+    if args.guidance is None:
+        args.guidance = trained.get("guidance", usual_guidance(model))
+    if args.temperature is None:
+        args.temperature = trained.get("temperature", 1.0)
 
 
 def heat_map(divergence, images, grid):
@@ -97,8 +99,8 @@ def main(argv=None):
 
     device = pick_device(args.device)
     vq, model = load_policy(args.run, args.policy, device)
-    sampling = dict(empty=empty_ids(model), guidance=policy_guidance(args, model),
-                    temperature=args.temperature)
+    fill_sampling(args, model)
+    sampling = dict(empty=empty_ids(model), guidance=args.guidance, temperature=args.temperature)
     ids = model.prompt_ids(args.prompt)
     generator = torch.Generator(device).manual_seed(args.seed)
     tokens, _ = generate(model, ids, samples=args.n, generator=generator, batch=args.batch,

@@ -420,7 +420,6 @@ def train_ppo(cfg, loop, algo=ppo):
     policy.float().recompute = cfg.microbatch > 0                       # fp32 master weights
     _, reference = load_policy(cfg.out, "pretrain", device, cfg.dtype)
     reference.requires_grad_(False)
-    reference.bf16 = False
     judges = open_judges(cfg, device)                                   # train, heldout, oracle
     pairs = training_pairs(cfg, vq.cfg.image_size, SHORT)
     unpaired = read_prompts(cfg.prompts) if cfg.prompts else None

@@ -28,7 +28,7 @@ import numpy as np
 from common import UserError, first_few, make_folder, pick_device, write_atomically
 from extras.paircomp_files import generate_files, same_settings
 from model import load_policy
-from sample import add_policy_flags, check_policy_flags, policy_guidance
+from sample import add_policy_flags, check_policy_flags, fill_sampling
 
 
 class Task(NamedTuple):
@@ -168,8 +168,8 @@ def write_layout(args):
     files = [[out / file for file in task.files] for task in tasks]
     refuse_strangers(out, {file for row in files for file in row})
     vq, model = load_policy(args.run, args.policy, pick_device(args.device))
-    guidance = policy_guidance(args, model)
-    settings = guidance, args.temperature, args.seed, args.batch
+    fill_sampling(args, model)
+    settings = args.guidance, args.temperature, args.seed, args.batch
     same_settings(out, model, prompts, *settings)
     for task in tasks:
         for file, text in task.texts.items():

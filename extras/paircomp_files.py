@@ -31,7 +31,7 @@ from extras.leaderboard import format_leaderboard
 from model import load_policy
 from pairworld import IMAGE_SIZE
 from reward import OracleJudge, load_judges
-from sample import add_policy_flags, check_policy_flags, policy_guidance
+from sample import add_policy_flags, check_policy_flags, fill_sampling
 
 OFFICIAL_NAMES = {
     "Overall appearance difference": "overall", "Color difference": "color",
@@ -74,7 +74,7 @@ def run_benchmark(args):
     else:
         raise UserError(f"{args.run}: has no judges of its own (it was trained with --judge); give "
                         "--judge URL or transformers:DIR")
-    args.guidance = policy_guidance(args, model)
+    fill_sampling(args, model)
     with tqdm(total=2 * len(pairs), desc="generate", unit="prompt") as bar:
         report, _ = benchmark(model, vq, judges, pairs, args, args.batch, bar.update)
     path = Path(args.run) / f"paircomp_{args.policy}.json"
@@ -184,12 +184,13 @@ def run_generate(args):
     pairs, _ = read_benchmark(args.prompts)
     prompts = [prompt for pair in pairs for prompt in pair]
     vq, model = load_policy(args.run, args.policy, pick_device(args.device))
-    guidance = policy_guidance(args, model)
-    same_settings(args.images, model, prompts, guidance, args.temperature, args.seed, args.batch)
+    fill_sampling(args, model)
+    same_settings(args.images, model, prompts, args.guidance, args.temperature, args.seed,
+                  args.batch)
     files = [[image_path(args.images, i // 2, i % 2, k) for k in range(IMAGES_PER_PROMPT)]
              for i in range(len(prompts))]
-    made = generate_files(model, vq, prompts, files, IMAGES_PER_PROMPT, guidance, args.temperature,
-                          args.seed, args.batch)
+    made = generate_files(model, vq, prompts, files, IMAGES_PER_PROMPT, args.guidance,
+                          args.temperature, args.seed, args.batch)
     there = IMAGES_PER_PROMPT * len(prompts) - made
     print(f"{made} images made, {there} were there, in {args.images}")
 

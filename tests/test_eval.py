@@ -18,7 +18,7 @@ from common import UserError, save_weights
 from model import ImageModel, ModelConfig, load_policy
 from pairworld import CATEGORIES, pairworld
 from reward import Judge, JudgeConfig, OracleJudge
-from sample import policy_guidance
+from sample import fill_sampling
 from tokenizer import VQConfig, VQModel
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -450,20 +450,23 @@ def test_images_of_two_policies_do_not_come_into_one_folder(run, prompts, tmp_pa
         ev.main([*generate, "--images", str(tmp_path / "theirs")])
 
 
-def test_guidance_follows_the_training(run, tmp_path):
+def test_guidance_and_temperature_follow_the_training(run, tmp_path):
     """A Janus policy sampled without guidance draws badly, and --guidance 5 had to be typed each
-    time."""
-    args = argparse.Namespace(run=str(tmp_path), policy="ppo", guidance=None)
+    time. A policy trained and tested at tau 0.6 was sampled at 1, and its table not reproduced."""
     model = load_policy(run, "ppo", "cpu")[1]
-    assert policy_guidance(args, model) == 1.0
+
+    def filled(policy="ppo", guidance=None, temperature=None):
+        args = argparse.Namespace(run=str(tmp_path), policy=policy, guidance=guidance,
+                                  temperature=temperature)
+        fill_sampling(args, model)
+        return args.guidance, args.temperature
+    assert filled() == (1.0, 1.0)
     model.text = argparse.Namespace(empty=None)  # as Janus' text has it
-    assert policy_guidance(args, model) == 5.0
-    write(tmp_path / "config.json", {"ppo": {"guidance": 3.0}})
-    assert policy_guidance(args, model) == 3.0
-    args.policy = "pretrain"
-    assert policy_guidance(args, model) == 5.0
-    args.guidance = 2.0
-    assert policy_guidance(args, model) == 2.0
+    assert filled() == (5.0, 1.0)
+    write(tmp_path / "config.json", {"ppo": {"guidance": 3.0, "temperature": 0.6}})
+    assert filled() == (3.0, 0.6)
+    assert filled("pretrain") == (3.0, 0.6)  # one table compares the two
+    assert filled("pretrain", 2.0, 0.4) == filled("ppo", 2.0, 0.4) == (2.0, 0.4)
 
 
 def test_score_wants_every_image(run, prompts, tmp_path):

@@ -16,6 +16,7 @@ import torch
 
 import common
 import data
+import eval_paircomp
 import sample
 import train
 from common import UserError, load_weights, save_weights
@@ -257,6 +258,22 @@ def test_fine_tuning_starts_from_another_run(smoke, tmp_path):
     assert all(before[k].equal(after[k]) for k in before)
     with pytest.raises(UserError, match="tokenizer.safetensors is there already"):
         common.copy_file(smoke / "pretrain.safetensors", out / "tokenizer.safetensors")
+
+
+def test_base_and_policy_are_compared_in_one_precision(smoke, tmp_path):
+    """On CUDA the policy sampled in bf16 and the base in fp32, so that a policy that had learned
+    nothing (--lr 0) "lost" a third of the oracle's s_g. And `eval_paircomp.py --run` sampled in
+    fp32, so that it could not reproduce a run's own table."""
+    out = copy_of(smoke, tmp_path / "run", *NEEDS["ppo"])
+    train.main(["--stage", "ppo", "--preset", "smoke", "--dtype", "bf16", "--lr", "0", "--steps",
+                "1", "--device", "cpu", "--temperature", "0.5", "--eval-every", "9", "--out",
+                str(out)])
+    report = json.loads((out / "paircomp.json").read_text())
+    assert report["base"] == report["ppo"]
+    for policy, column in (("ppo", "ppo"), ("pretrain", "base")):
+        eval_paircomp.main(["--run", str(out), "--policy", policy, "--n", "2", "--device", "cpu"])
+        again = json.loads((out / f"paircomp_{policy}.json").read_text())
+        assert again == report[column]
 
 
 def test_sample_draws_a_prompt_and_a_pair(smoke, tmp_path):
