@@ -78,14 +78,18 @@ def group_advantages(rewards, pool, counted=None, floor=STD_FLOOR):
 
 
 def difference_weights(divergence, strength, cap=WEIGHT_CAP):
-    """w_t = (1 - lambda) + lambda * D_t / mean(D), capped (ours; lambda = 0 is the paper).
+    """w_t = (1 - lambda) + lambda * D_t / scale, capped (ours; lambda = 0 is the paper).
 
-    divergence (P, 2, G, N) >= 0 of `model.prompt_divergence` -> weights (P, 2, G, N) with mean 1
-    over each sequence. Where the two prompts ask for the same (mean(D) = 0) they are 1."""
-    mean = divergence.mean(-1, keepdim=True)
-    relative = torch.where(mean > 1e-6, divergence / mean.clamp(min=1e-6), 1.0)
-    weights = ((1 - strength) + strength * relative).clamp(max=cap)
-    return weights / weights.mean(-1, keepdim=True)
+    divergence (P, 2, G, N) >= 0 of `model.prompt_divergence` -> weights (P, 2, G, N) around 1. The
+    scale is the mean of D over the *other* samples of the prompt: a weight must depend on the
+    token's prefix alone. A mean over the own sequence would bring its later tokens in, and bias the
+    expected gradient (shown in tests/test_ppo.py). Where the prompts ask for the same (D = 0) the
+    weights are 1."""
+    mean = divergence.mean(-1, keepdim=True)                            # (P, 2, G, 1)
+    others = 1 - torch.eye(mean.shape[2], device=mean.device)           # (G, G)
+    scale = others @ mean / (mean.shape[2] - 1)                         # (P, 2, G, 1)
+    relative = torch.where(scale > 1e-6, divergence / scale.clamp(min=1e-6), 1.0)
+    return ((1 - strength) + strength * relative).clamp(max=cap)
 
 
 def token_advantages(rewards, weights, pool):

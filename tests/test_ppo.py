@@ -1,4 +1,5 @@
 """ppo.py against slow loops, hand-worked cases and exact expectations."""
+import itertools
 import math
 
 import pytest
@@ -125,23 +126,64 @@ def test_an_unknown_pool_is_an_error():
         ppo.group_advantages(torch.rand(1, 2, 2), "none")
 
 
-def test_difference_weights_are_the_equation_with_mean_one():
-    divergence, strength = torch.rand(4, 9), 0.5
+def test_difference_weights_against_a_slow_loop():
+    divergence, strength = torch.rand(2, 2, 3, 9), 0.5
     weights = ppo.difference_weights(divergence, strength, cap=100)
-    for d, w in zip(divergence.tolist(), weights.tolist()):
-        mean = sum(d) / len(d)
-        assert w == pytest.approx([1 - strength + strength * x / mean for x in d], abs=1e-5)
-    assert weights.mean(-1).allclose(torch.ones(4), atol=1e-5)
+    for p in range(2):
+        for side in range(2):
+            for g in range(3):
+                others = [divergence[p, side, h].mean().item() for h in range(3) if h != g]
+                scale = sum(others) / len(others)
+                want = 1 - strength + strength * divergence[p, side, g] / scale
+                assert weights[p, side, g].allclose(want, atol=1e-5)
 
 
-def test_difference_weights_are_capped_before_they_are_normalized_again():
-    """One token with all the divergence among 64: without the cap it would weigh 32.5 times as much
-    as the average."""
-    divergence = torch.zeros(1, 64)
-    divergence[0, 5] = 1
+def test_a_difference_weight_is_capped():
+    """One token with all the divergence among 64 would weigh 32.5 times as much as the average."""
+    divergence = torch.zeros(1, 2, 2, 64)
+    divergence[..., 5] = 1
     weights = ppo.difference_weights(divergence, 0.5, cap=4)
-    assert weights.mean().item() == pytest.approx(1, abs=1e-5)
-    assert (weights[0, 5] / weights[0, 0]).item() == pytest.approx(4 / 0.5, rel=1e-4)
+    assert weights[..., 5].eq(4).all() and weights[..., 0].eq(0.5).all()
+
+
+def test_a_difference_weight_does_not_know_what_comes_later():
+    """The other samples and the own tokens up to t decide w_t, and nothing that is drawn after."""
+    divergence = torch.rand(1, 2, 4, 8)
+    later = divergence.clone()
+    later[:, :, 0, 5:] = torch.rand(1, 2, 3)
+    one, two = (ppo.difference_weights(d, 0.5)[:, :, 0, :5] for d in (divergence, later))
+    assert one.equal(two)
+
+
+def expected_gradient(weights_of):
+    """The exact expected gradient of a prompt's logit of o_1, in a world of two tokens. Both are
+    fair coins. Every image of the prompt has the advantage 1, as in a pair's pool with a twin that
+    always fails. No image is better than another, so that o_1 should not move. The twin's prompt
+    disagrees about the second token, and more so after o_1 = 1: D is (0.3, 0.05) or (0.3, 0.6)."""
+    images = [(a, b) for a in (0, 1) for b in (0, 1)]
+    total = 0.0
+    for group in itertools.product(images, repeat=2):       # the 16 rollouts of G = 2
+        divergence = torch.tensor([[0.3, 0.6 if a else 0.05] for a, _ in group])
+        weights = weights_of(divergence.view(1, 1, 2, 2))[0, 0]         # (G, N)
+        for g, (a, _) in enumerate(group):
+            score = a - 0.5                                 # d log pi(o_1) / d logit
+            total += weights[g, 0].item() * score / 16
+    return total
+
+
+def test_difference_weights_leave_the_expected_gradient_unbiased():
+    """They were scaled to mean 1 over each sequence, and that brought the later tokens' D into the
+    weight of the first. A token without any influence on the reward then had an expected gradient.
+    This world is small enough to add up every rollout."""
+    def by_sequence(divergence):                            # as it was
+        relative = divergence / divergence.mean(-1, keepdim=True)
+        weights = 0.5 + 0.5 * relative
+        return weights / weights.mean(-1, keepdim=True)
+
+    def by_the_others(divergence):
+        return ppo.difference_weights(divergence, 0.5)
+    assert expected_gradient(by_sequence) < -0.2
+    assert abs(expected_gradient(by_the_others)) < 1e-6
 
 
 @pytest.mark.parametrize("divergence, strength", [
