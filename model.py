@@ -298,6 +298,7 @@ def decode(model, h, mask, caches, t, guidance, temperature, generator):
         logp = policy_logits(cond, uncond, guidance, temperature).log_softmax(-1)
         # argmax(p / Exp(1)) draws from p. torch.multinomial would wait for the device.
         noise = torch.empty_like(logp).exponential_(generator=generator)
+        noise.clamp_(min=3e-8)      # MPS draws exact zeros (pytorch#192577), and -log 0 always wins
         token = (logp - noise.log()).argmax(-1)
         tokens.append(token)
         logprobs.append(logp.gather(-1, token[:, None])[:, 0])

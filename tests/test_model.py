@@ -126,6 +126,19 @@ def test_cached_decoding_samples_what_the_full_forward_samples(net, prompts, gui
     assert len(fast.unique(dim=0)) > len(prompts)  # the samples of a prompt do differ
 
 
+def test_noise_of_exactly_zero_does_not_draw_an_impossible_token(net, monkeypatch):
+    """On MPS exponential_ returns exact zeros, 3.3e-8 an element. -log(0) is infinite and won every
+    argmax, whatever the token's probability: 27 % of Janus' images had such a token."""
+    def zero_for_the_unlikeliest(noise, generator=None):
+        return noise.fill_(1.0).index_fill_(-1, unlikeliest, 0.0)
+    model = m.ImageModel(net.cfg)
+    model.gen_head[2].bias.data[3] = -60.0
+    unlikeliest = torch.tensor([3])
+    monkeypatch.setattr(torch.Tensor, "exponential_", zero_for_the_unlikeliest)
+    tokens, _ = m.generate(model, torch.tensor([[1, 5, 2]]), torch.tensor([[1, 2]]), 4)
+    assert (tokens != 3).all()
+
+
 def test_sampling_follows_the_distribution_that_it_reports(net):
     """The Gumbel race draws from softmax: the frequencies of the first token against its
     probabilities, 4 sigma."""
