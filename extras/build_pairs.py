@@ -21,6 +21,7 @@ release has no such script; the default thresholds are ours.
 """
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -124,7 +125,8 @@ def consider(edit, score, describe, size):
     """An edit with the paths of its `files` -> a row: captions by the model, then four scores by
     the judge.
 
-    score(images, prompts): B images (H, W, 3) uint8 and B strings -> B scores in [0, 1].
+    score(images, prompts): B images (H, W, 3) uint8 and B strings -> B scores in [0, 1], NaN where
+    the judge answers neither yes nor no.
     describe(before, after, instruction) -> a string. What cannot be scored is dropped with its
     reason; a judge that is gone is an error."""
     row = {key: edit[key] for key in FIELDS}
@@ -150,6 +152,9 @@ def consider(edit, score, describe, size):
     except UnreadableAnswer as e:
         return row | {"reasons": [NO_SCORE], "detail": str(e)}
     scores = {name: round(float(value), 6) for (name, _, _), value in zip(PLACES, values)}
+    missing = [name for name, value in scores.items() if math.isnan(value)]
+    if missing:
+        return row | {"reasons": [NO_SCORE], "detail": f"no {' and no '.join(missing)}"}
     return row | {"scores": scores}
 
 

@@ -14,8 +14,9 @@ A judge answers QUESTION with one token. R = P(yes) / (P(yes) + P(no)), where P(
 yes, Yes, YES and P(no) the sum over no, No, NO (official: internvl_img.py, evaluate_images.py). The
 official code reads probabilities after the filters of the sampler; here they are those of the
 model. A word with a space before it counts too: a sentencepiece model begins its answer with
-"▁Yes", and for other models such a token is next to impossible. A score is never made up: an
-answer that cannot be read ends in a JudgeError.
+"▁Yes", and for other models such a token is next to impossible. A score is never made up: where
+the answer is neither yes nor no, R is NaN, and a warning says what was answered. If that is so of
+most answers, or if an answer is none of a judge at all, JudgeError.
 
 The key of a server is read from the environment: JUDGE_API_KEY_HOST_PORT for one server
 (JUDGE_API_KEY_LOCALHOST_8000: capitals, and _ for what is no letter or digit), or JUDGE_API_KEY for
@@ -60,6 +61,7 @@ WORKERS = 16  # requests under way at the same time
 TIMEOUT = 60.0  # seconds that one request may take
 RETRIES = 8  # how often a request is repeated
 PATIENCE = 30  # seconds without an answer until a run says so
+SHOWN = 3  # unreadable answers of one call that are shown; of more only the number
 PASSING = (429, 500, 502, 503, 504)  # statuses that may pass
 
 MODEL_NAME = re.compile("[A-Za-z0-9._:/-]+")
@@ -77,11 +79,13 @@ class WrongAnswer(JudgeError):
 
 
 class UnreadableAnswer(JudgeError):
-    """A judge that works, but answers neither yes nor no: this image and prompt have no score."""
+    """A judge that works, but answers neither yes nor no: this image and prompt have no score. It
+    ends a run only if most answers are like this."""
 
 
 class Panel:
-    """One judge or several that are asked at the same time; R is the mean of theirs.
+    """One judge or several that are asked at the same time; R is the mean of theirs, and NaN where
+    one of them has no score.
 
     Each image and prompt is asked about once. Answers are kept, about 100 bytes each, under a
     digest of the pixels and the prompt."""
@@ -96,7 +100,7 @@ class Panel:
 
     def score(self, images, prompts):
         """Images (H, W, 3) uint8, an array or a list of any sizes, and B strings -> R (B,) fp32 on
-        the CPU. JudgeError."""
+        the CPU, NaN where the answer is neither yes nor no. JudgeError."""
         return self.submit(images, prompts)()
 
     def submit(self, images, prompts):
@@ -110,13 +114,15 @@ class Panel:
         def result():
             if new:
                 scores = torch.stack([result_of_judge() for result_of_judge in results]).mean(0)
-                self.keep(dict(zip(new, scores.tolist())))
-            return torch.tensor([self.known[key] for key in keys])
+                found = zip(new, scores.tolist())
+                self.keep({key: score for key, score in found if not math.isnan(score)})
+            return torch.tensor([self.known.get(key, math.nan) for key in keys])
 
         return result
 
     def keep(self, scores):
-        """Keep {digest: R}, in the file too if there is one."""
+        """Keep {digest: R}, in the file too if there is one. None of them is NaN: who asks again
+        may have mended the judge."""
         self.known.update(scores)
         if self.path:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -358,35 +364,62 @@ class ServerJudge:
 
     def submit(self, images, prompts):
         """Start to ask -> a function that waits for R (B,) fp32. Answers come in any order; R is
-        in the order of the images."""
-        futures = [self.workers.submit(self.ask, *pair) for pair in zip(images, prompts)]
+        in the order of the images, NaN where the answer is neither yes nor no."""
+        unreadable = []
+
+        def ask(image, prompt):
+            try:
+                return self.ask(image, prompt)
+            except UnreadableAnswer as e:
+                unreadable.append(str(e))
+                return math.nan
+
+        futures = [self.workers.submit(ask, *pair) for pair in zip(images, prompts)]
 
         def result():
-            waiting = futures
-            answered = 0
-            while waiting:
-                done, waiting = wait(futures, timeout=PATIENCE, return_when=FIRST_EXCEPTION)
-                if any(future.exception() for future in done):
-                    break
-                if waiting and len(done) == answered:
-                    tqdm.write(
-                        f"judge {self.name}: no answer for {PATIENCE} s, {len(waiting)} to come; "
-                        "it is asked again until it must be gone",
-                        file=sys.stderr,
-                    )
-                answered = len(done)
-            for future in waiting:
-                future.cancel()
-            for future in futures:
-                if future in done:
-                    future.result()  # raises the error of the first that has one
+            self.wait_for(futures)
+            self.report(unreadable, len(futures))
             return torch.tensor([future.result() for future in futures])
 
         return result
 
+    def wait_for(self, futures):
+        """Wait until all are done. If one fails, drop those that have not begun: JudgeError."""
+        waiting = futures
+        answered = 0
+        while waiting:
+            done, waiting = wait(futures, timeout=PATIENCE, return_when=FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                break
+            if waiting and len(done) == answered:
+                warn(f"judge {self.name}: no answer for {PATIENCE} s, {len(waiting)} to come; it "
+                     "is asked again until it must be gone")
+            answered = len(done)
+        for future in waiting:
+            future.cancel()
+        for future in futures:
+            if future in done:
+                future.result()  # raises the error of the first that has one
+
+    def report(self, unreadable, n):
+        """Say which of the n answers of a call are unreadable. UnreadableAnswer if most are: a
+        judge that cannot answer would otherwise go on without a score for anything."""
+        if n >= 4 and len(unreadable) > n / 2:
+            raise UnreadableAnswer(f"{unreadable[0]}; so are {len(unreadable)} of {n} answers")
+        for line in unreadable[:SHOWN]:
+            warn(f"no score: {line}")
+        if len(unreadable) > SHOWN:
+            warn(f"judge {self.name}: no score for {len(unreadable)} of {n} images and prompts")
+
     def score(self, images, prompts):
-        """Images (H, W, 3) uint8 and B strings -> R (B,) fp32. JudgeError."""
+        """Images (H, W, 3) uint8 and B strings -> R (B,) fp32, NaN where the answer is neither yes
+        nor no. JudgeError."""
         return self.submit(images, prompts)()
+
+
+def warn(line):
+    """A line on stderr that leaves a bar whole."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def message_of(body):
@@ -587,8 +620,9 @@ def main(argv=None):
         print(f"R {n}: {judge.names[0]}")
     for (file, prompt), row in zip(cases, scores.T.tolist()):
         print("".join(f"{r:10.6f}" for r in row), f" {file}  {prompt}")
-    if len(judges) > 1:
-        print(f"largest difference {(scores.amax(0) - scores.amin(0)).max():.2g}")
+    differences = scores.amax(0) - scores.amin(0)  # (B,), NaN where one has no score
+    if len(judges) > 1 and not differences.isnan().all():
+        print(f"largest difference {differences.nan_to_num(0).max():.2g}")
 
 
 if __name__ == "__main__":

@@ -226,21 +226,27 @@ def test_another_judge_does_not_add_to_the_same_decisions(tmp_path):
 
 def test_an_answer_that_cannot_be_read_drops_its_edit_alone(tmp_path):
     """It once stopped the whole run, and did so again each time, since a judge at temperature 0
-    says the same again."""
+    says the same again. If most of an edit's answers are like this the judge raises an error; for
+    an edit whose captions are odd that is no reason to stop either."""
 
     class Odd(Colors):
         def score(self, images, prompts):
-            if "green" in prompts[0]:
+            if prompts[0] == "a green field":  # the seventh edit
                 raise UnreadableAnswer("judge x: answers neither yes nor no, but 'The' 0.9")
-            return super().score(images, prompts)
+            scores = super().score(images, prompts)
+            if prompts[0] == "a blue field":  # the sixth
+                scores[1] = scores[2] = NAN
+            return scores
 
     path = write_edits(tmp_path)
     out = tmp_path / "out"
     summary = build(path, out, Odd(), workers=3)
-    row = decisions(out)[6]
-    assert row["reasons"] == [bp.NO_SCORE] and row["scores"] is None
-    assert "'The' 0.9" in row["detail"]
-    assert summary["kept"] == 3 and summary["reasons"][bp.NO_SCORE] == 1
+    rows = decisions(out)
+    for row in rows[5:]:
+        assert row["reasons"] == [bp.NO_SCORE] and row["scores"] is None
+    assert rows[5]["detail"] == "no S(I2,T2) and no S(I1,T2)" and "'The' 0.9" in rows[6]["detail"]
+    assert "NaN" not in (out / "decisions.jsonl").read_text()
+    assert summary["kept"] == 2 and summary["reasons"][bp.NO_SCORE] == 2
     again = Odd()
     assert build(path, out, again) == summary and not again.scored
 

@@ -155,19 +155,57 @@ def test_a_fault_that_stays_ends_in_one_clear_line(url, fault, says):
     ("html", "no JSON: .*login page"),
     ("list", "not a chat completion"),
     ("nologprobs", "answers without log-probs"),
-    ("neither", "answers neither yes nor no, but 'The' 0.905, 'This' 0.0498"),
-    ("cut", "answers neither yes nor no, but 'The' 0.905;"),
     ("alone", "lists 'Yes' 0.905 alone"),
     ("nan", "log-prob nan"),
     ("redirect", "status 307"),
 ])
-def test_an_answer_that_cannot_be_read_is_no_score_and_is_asked_once(url, fault, says):
+def test_an_answer_that_no_judge_would_give_ends_the_run_and_is_asked_once(url, fault, says):
     """A score is never made up; what repeating would not mend is not repeated."""
     prompt = f"fault {fault} 1000"
     with pytest.raises(JudgeError, match=says) as error:
         ServerJudge(url).score(random_images(1), [prompt])
     assert len(seen_of(url, prompt)) == 1
     assert prompt in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault, says", [
+    ("neither", "answers neither yes nor no, but 'The' 0.905, 'This' 0.0498"),
+    ("cut", "answers neither yes nor no, but 'The' 0.905;"),
+])
+def test_an_answer_that_is_neither_yes_nor_no_is_no_score_and_ends_nothing(
+        url, fault, says, capsys):
+    """One such answer once stopped a PPO run, and did so again at every --resume, since a judge at
+    temperature 0 says the same again. Now that image has no score, and a warning says why."""
+    images = random_images(5)
+    prompts = ["a", "b", f"fault {fault} 1000", f"fault {fault} 1001", "e"]
+    scores = ServerJudge(url).score(images, prompts)
+    assert scores.isnan().tolist() == [False, False, True, True, False]
+    assert_close(scores[[0, 1, 4]], redness(images[[0, 1, 4]]))
+    shown = capsys.readouterr().err
+    for prompt in prompts[2:4]:
+        assert len(seen_of(url, prompt)) == 1
+        assert f"no score: judge {url}#tiny-vlm, prompt '{prompt}': {says}" in shown
+
+
+def test_few_warnings_and_a_count(url, capsys):
+    """An unreadable answer has a line, of which a call shows at most three."""
+    prompts = [f"fault neither 99{n}" for n in range(8)] + [f"readable {n}" for n in range(8)]
+    assert ServerJudge(url).score(random_images(16), prompts).isnan().sum() == 8
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "answers neither yes nor no" in line]) == 3
+    assert f"judge {url}#tiny-vlm: no score for 8 of 16 images and prompts" in lines[-1]
+
+
+def test_a_judge_that_mostly_answers_neither_yes_nor_no_does_not_work(url):
+    """With NaN in place of an error, a model that thinks before it answers would let a whole run go
+    by without one score."""
+    prompts = [f"fault neither 88{n}" for n in range(9)]
+    says = "answers neither yes nor no, but 'The'.*; so are 3 of 4 answers"
+    with pytest.raises(JudgeError, match=says):
+        ServerJudge(url).score(random_images(4), [*prompts[:3], "readable"])
+    scores = ServerJudge(url).score(random_images(4), [*prompts[3:5], "readable", "too"])
+    assert scores.isnan().sum() == 2  # half of them are not most
+    assert ServerJudge(url).score(random_images(3), prompts[5:8]).isnan().all()  # too few to tell
 
 
 def test_an_answer_that_is_not_listed_counts_as_the_smallest_that_is(url):
@@ -441,6 +479,23 @@ def test_a_panel_remembers_in_a_file(tmp_path):
         path.write_text(harm)
         with pytest.raises(UserError, match="remove it"):
             Panel([Counting(0.25)]).remember(path)
+
+
+def test_what_has_no_score_is_asked_again_and_is_no_mean(url, tmp_path):
+    """A NaN in the file of answers would be taken for an answer by the next run. The mean of a
+    score and no score is no score."""
+    images = random_images(3)
+    prompts = ["a", "fault neither 1", "c"]  # readable from the second time on
+    path = tmp_path / "scores.json.answers"
+    panel = Panel([ServerJudge(url), Counting(0.5)])
+    panel.remember(path)
+    scores = panel.score(images, prompts)
+    assert scores.isnan().tolist() == [False, True, False]
+    assert_close(scores[[0, 2]], (redness(images[[0, 2]]) + 0.5) / 2)
+    assert "NaN" not in path.read_text()
+    again = Panel([ServerJudge(url), Counting(0.5)])
+    again.remember(path)
+    assert_close(again.score(images, prompts), (redness(images) + 0.5) / 2)
 
 
 def test_two_servers_are_asked_at_the_same_time(url):
