@@ -1,4 +1,4 @@
-"""How much GPU memory Janus-Pro needs, counted without a GPU and without weights.
+"""How much GPU memory and disk Janus-Pro needs, counted without a GPU and without weights.
 
     python -m extras.memory                             # 1B and 7B as `--preset janus` runs them
     python -m extras.memory --microbatch 1              # PPO with other flags of train.py
@@ -183,6 +183,23 @@ def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, rollout=1):
     return {name: peak / 2**30 for name, peak in alive.phases.items()}
 
 
+def disk(cfg, vq_cfg):
+    """What a run folder of PPO needs, in GB: (its state, all of it at the end, at most).
+
+    Weights are the tokenizer in fp32, base model and policy as a checkpoint stores them. The state
+    has fp32 weights and Adam's moments. The next state is written beside the last one, so that a
+    kill or a full disk leaves the last one whole; that is when a folder has the most. At the end
+    there is one state, and the policy beside it."""
+    with torch.device("meta"):
+        tensors = ImageModel(cfg).state_dict().values()
+        tokenizer = 4 * sum(t.numel() for t in VQModel(vq_cfg).state_dict().values())
+    policy = sum(t.numel() * (2 if t.dim() > 1 else 4) for t in tensors)
+    state = 12 * sum(t.numel() for t in tensors)
+    end = tokenizer + 2 * policy + state
+    most = tokenizer + policy + 2 * state
+    return tuple(n / 1e9 for n in (state, end, most))
+
+
 def tasks_of(args):
     """{what a row of the table is called: keyword arguments of `trace`}."""
     batch = PRESETS["janus"]["pretrain"]["microbatch"]
@@ -229,7 +246,12 @@ def main(argv=None):
             rest = phases["at rest"]
             print(f"| {size} | {name} | {total:.1f} | {fits} GB | {most}; at rest {rest:.1f} |")
     print(f"\nAlive tensors, counted on fake ones, and {SPARE} GiB for what a GPU adds; not "
-          "measured on a GPU. A judge in the same memory is not in it.")
+          "measured on a GPU. A judge in the same memory is not in it.\n")
+    print("Disk of a run folder of PPO, in GB (10^9 bytes):")
+    for size, cfg in JANUS.items():
+        state, end, most = disk(cfg, VQConfig.janus())
+        print(f"{size}: {end:.0f} at its end, {state:.0f} of them the state, and {most:.0f} while "
+              "the next state is written beside the last one")
 
 
 if __name__ == "__main__":

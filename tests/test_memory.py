@@ -1,17 +1,21 @@
 """extras/memory.py counts on fake tensors what the same code would have alive on real ones."""
 
+import os
 from argparse import Namespace
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import common
 from common import UserError
 from extras import memory
 from extras.memory import JANUS, Alive, trace
-from model import ImageModel, ModelConfig, score
+from model import ImageModel, ModelConfig, save_policy, score
 from tokenizer import VQConfig, VQModel
+from train import PPO
 
 TINY = ModelConfig(50, 40, 100, 16, 2, 2, 32, 64, 8, False)
 TINY_VQ = VQConfig(32, 4, 32, (1, 1), 1, 1, False, 32, 32, 40, 8)
@@ -127,3 +131,46 @@ def test_a_microbatch_bounds_the_backward_and_the_sampling(
     *_, (name, settings) = memory.tasks_of(args).items()
     assert (settings["sequences"], settings["prompts"]) == (backward, prompts)
     assert name == f"PPO, {backward} images a backward, {prompts * samples} sampled at once"
+
+
+def test_a_run_folder_is_largest_when_the_next_state_is_written(tmp_path, monkeypatch):
+    """The figures of disk once counted one state of a run. The next one is written beside it, and a
+    disk that was just large enough for the run was full at its second save. The files are watched
+    here at the moment in which one takes its place."""
+    cfg = replace(TINY, n_layer=4, n_embd=256, n_ffn=512)
+    vq, policy = VQModel(TINY_VQ), ImageModel(cfg)
+    policy.stored = {k: v.dtype for k, v in memory.stored_policy(cfg).state_dict().items()}
+    common.save_weights(tmp_path / "tokenizer.safetensors", vq.state_dict())
+    save_policy(tmp_path, "pretrain", policy)
+    monkeypatch.setattr(common, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(common, "SAVE_SHARE", float("inf"))  # a state after every step
+    rename, sizes = os.replace, {"ppo.state": [], "ppo.safetensors": []}
+
+    def watch(source, target):
+        if target.name in sizes:
+            sizes[target.name].append(sum(p.stat().st_size for p in tmp_path.iterdir()) / 1e9)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    with common.Loop("ppo", PPO(out=str(tmp_path), steps=3), resume=False) as loop:
+        loop.start({"model": policy}, [common.adamw(policy.parameters(), 1e-3, 0.0)])
+        for step in loop:
+            for p in policy.parameters():
+                p.grad = torch.ones_like(p)
+            loop.optimizer_step(step)
+        save_policy(tmp_path, "ppo", policy)
+        state_file = (tmp_path / "ppo.state").stat().st_size / 1e9
+        loop.finish()
+    state, end, most = memory.disk(cfg, TINY_VQ)
+    assert state == pytest.approx(state_file, rel=1e-2)
+    assert len(sizes["ppo.state"]) == 3
+    assert sizes["ppo.state"][1:] == pytest.approx([most, most], rel=1e-2)
+    assert sizes["ppo.safetensors"] == pytest.approx([end], rel=1e-2)
+    assert most > 1.4 * end
+
+
+def test_the_disk_of_the_real_ones():
+    """What the README promises."""
+    figures = {size: memory.disk(cfg, VQConfig.janus()) for size, cfg in JANUS.items()}
+    rounded = {size: tuple(map(round, values)) for size, values in figures.items()}
+    assert rounded == {"1B": (18, 24, 39), "7B": (79, 106, 172)}
