@@ -87,16 +87,17 @@ class Panel:
     """One judge or several that are asked at the same time; R is the mean of theirs, and NaN where
     one of them has no score.
 
-    Each image and prompt is asked about once. Answers are kept, about 100 bytes each, under a
-    digest of the pixels and the prompt."""
+    Each judge is asked about an image and a prompt once. Its answer is kept as soon as it arrives,
+    about 100 bytes each, under a digest of the pixels and the prompt."""
 
     def __init__(self, judges):
         self.judges = judges
         self.names = [judge.name for judge in judges]
         self.who = [judge.who for judge in judges]
         self.remote = any(isinstance(judge, ServerJudge) for judge in judges)
-        self.known = {}  # digest -> R
+        self.known = [{} for _ in judges]  # {digest: R} of each judge
         self.path = None
+        self.lock = threading.Lock()
 
     def score(self, images, prompts):
         """Images (H, W, 3) uint8, an array or a list of any sizes, and B strings -> R (B,) fp32 on
@@ -106,33 +107,51 @@ class Panel:
     def submit(self, images, prompts):
         """Start to score -> a function that waits for R (B,)."""
         keys = [digest(image, prompt) for image, prompt in zip(images, prompts)]
-        new = {key: i for i, key in enumerate(keys) if key not in self.known}
-        new_images = [images[i] for i in new.values()]
-        new_prompts = [prompts[i] for i in new.values()]
-        results = [judge.submit(new_images, new_prompts) for judge in self.judges if new]
+        results = [self.ask(n, keys, images, prompts) for n in range(len(self.judges))]
 
         def result():
-            if new:
-                scores = torch.stack([result_of_judge() for result_of_judge in results]).mean(0)
-                found = zip(new, scores.tolist())
-                self.keep({key: score for key, score in found if not math.isnan(score)})
-            return torch.tensor([self.known.get(key, math.nan) for key in keys])
+            return torch.stack([result_of_judge() for result_of_judge in results]).mean(0)
 
         return result
 
-    def keep(self, scores):
-        """Keep {digest: R}, in the file too if there is one. None of them is NaN: who asks again
-        may have mended the judge."""
-        self.known.update(scores)
-        if self.path:
-            with open(self.path, "a", encoding="utf-8") as file:
-                for key, score in scores.items():
-                    file.write(json.dumps([key.hex(), score]) + "\n")
+    def ask(self, n, keys, images, prompts):
+        """Start to ask judge n for what it has not answered yet -> a function that waits for its R
+        (B,)."""
+        known = self.known[n]
+        new = {key: i for i, key in enumerate(keys) if key not in known}
+        new_keys = list(new)
+        new_images = [images[i] for i in new.values()]
+        new_prompts = [prompts[i] for i in new.values()]
+
+        def keep(i, score):
+            self.keep(n, new_keys[i], score)
+
+        finish = self.judges[n].submit(new_images, new_prompts, keep) if new else None
+
+        def result():
+            if finish:
+                finish()
+            return torch.tensor([known.get(key, math.nan) for key in keys])
+
+        return result
+
+    def keep(self, n, key, score):
+        """Keep R of judge n for a digest, in the file too if there is one. Judges call this from
+        more than one thread, and not for NaN: who asks again may have mended the judge."""
+        with self.lock:
+            self.known[n][key] = score
+            if not self.path:
+                return
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([key.hex(), n, score]) + "\n")
+            except OSError as e:
+                raise UserError(f"{self.path}: cannot be written ({e.strerror})") from e
 
     def remember(self, path):
-        """Keep every answer in a file, one line of JSON each, and do not ask again for those that
-        it holds already. The first line names the judges; UserError if they are others. A last
-        line that a kill cut short is left out."""
+        """Keep every answer in a file as it arrives, one line of JSON each, and do not ask again
+        for those that it holds already. The first line names the judges; UserError if they are
+        others. A last line that a kill cut short is left out."""
         path = Path(path)
         complete = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
         try:
@@ -140,8 +159,9 @@ class Panel:
             if lines and lines[0] != self.who:
                 raise UserError(f"{path}: holds the answers of {', '.join(map(str, lines[0]))}, "
                                 f"not of {', '.join(self.who)}; remove it or give another --out")
-            self.known.update((bytes.fromhex(key), float(score)) for key, score in lines[1:])
-        except (ValueError, TypeError) as e:
+            for key, n, score in lines[1:]:
+                self.known[n][bytes.fromhex(key)] = float(score)
+        except (ValueError, TypeError, IndexError) as e:
             raise UserError(f"{path}: does not hold a judge's answers ({e}); remove it") from e
         text = "".join(json.dumps(line) + "\n" for line in lines or [self.who])
         write_atomically(path, text.encode())
@@ -362,19 +382,23 @@ class ServerJudge:
                 self.failed = self.failed or error
             raise error from e
 
-    def submit(self, images, prompts):
+    def submit(self, images, prompts, keep=None):
         """Start to ask -> a function that waits for R (B,) fp32. Answers come in any order; R is
-        in the order of the images, NaN where the answer is neither yes nor no."""
+        in the order of the images, NaN where the answer is neither yes nor no. keep(i, R) is called
+        with each answer as it arrives, whether anybody waits for it or not."""
         unreadable = []
 
-        def ask(image, prompt):
+        def ask(i):
             try:
-                return self.ask(image, prompt)
+                score = self.ask(images[i], prompts[i])
             except UnreadableAnswer as e:
                 unreadable.append(str(e))
                 return math.nan
+            if keep:
+                keep(i, score)
+            return score
 
-        futures = [self.workers.submit(ask, *pair) for pair in zip(images, prompts)]
+        futures = [self.workers.submit(ask, i) for i in range(len(prompts))]
 
         def result():
             self.wait_for(futures)
@@ -546,16 +570,18 @@ class TransformersJudge:
         return [vocabulary[word] for word in spelled if word in vocabulary]
 
     @torch.no_grad()
-    def submit(self, images, prompts):
-        """Score at once -> a function that returns R (B,) fp32. JudgeError."""
+    def submit(self, images, prompts, keep=None):
+        """Score at once -> a function that returns R (B,) fp32. keep(i, R) is called with the
+        answers of a batch when they are there. JudgeError."""
         scores = []
         with self.lock:
             for start in range(0, len(prompts), self.batch):
                 rows = slice(start, start + self.batch)
-                scores.append(self.ask(images[rows], prompts[rows]))
-        scores = torch.cat(scores)
-        if not scores.isfinite().all():
-            raise JudgeError(f"{self.name}: logits that are not finite; load it in another dtype")
+                for score in self.ask(images[rows], prompts[rows]).tolist():
+                    if keep:
+                        keep(len(scores), score)
+                    scores.append(score)
+        scores = torch.tensor(scores)
         return lambda: scores
 
     def ask(self, images, prompts):
@@ -584,7 +610,10 @@ class TransformersJudge:
         logits = answer.logits[0].float()  # (b, V)
         yes = logits[:, self.yes].logsumexp(-1)
         no = logits[:, self.no].logsumexp(-1)
-        return torch.sigmoid(yes - no).cpu()  # = e^yes / (e^yes + e^no)
+        scores = torch.sigmoid(yes - no).cpu()  # = e^yes / (e^yes + e^no)
+        if not scores.isfinite().all():
+            raise JudgeError(f"{self.name}: logits that are not finite; load it in another dtype")
+        return scores
 
     def score(self, images, prompts):
         """Images (H, W, 3) uint8 and B strings -> R (B,) fp32 on the CPU. JudgeError."""

@@ -2,7 +2,8 @@
 vLLM 0.32 answers them, and every fault that a test orders. vllm_completion.json is an answer of
 the real one.
 
-    python tests/judge_server.py [KEY]          # prints its port; with a key it wants that key
+    python tests/judge_server.py [KEY [N]]      # prints its port; with a key it wants that key,
+                                                # with N it answers N chat requests and dies
 
 A request is refused, with status 400 as vLLM does, unless it is what a server of a vision-language
 model can answer. P(yes) is the mean of the red values of the image, so that a test knows every
@@ -16,6 +17,7 @@ import base64
 import io
 import json
 import math
+import os
 import socket
 import struct
 import sys
@@ -27,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 KEY = sys.argv[1] if len(sys.argv) > 1 else ""
+MORTAL = int(sys.argv[2]) if len(sys.argv) > 2 else 10**9
 MODEL = "tiny-vlm"
 OPENING = ' Does this image match the description "'
 CLOSING = '", please directly respond with yes or no'
@@ -185,6 +188,8 @@ class Handler(BaseHTTPRequestHandler):
                          "key": self.headers.get("Authorization")})
             COUNTS[prompt] = COUNTS.get(prompt, 0) + 1
             count = COUNTS[prompt]
+            if len(SEEN) > MORTAL:
+                os._exit(1)
         words = prompt.split()
         if words[:1] == ["fault"] and count <= int(words[2]) and self.meet_fault(words[1]):
             return

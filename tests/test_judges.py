@@ -53,6 +53,11 @@ def url():
     end(process)
 
 
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    return str(make_tiny_vlm(tmp_path_factory.mktemp("vlm")))
+
+
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
@@ -436,8 +441,10 @@ class Counting:
         self.asked = []
         self.name = self.who = f"always {value}"
 
-    def submit(self, images, prompts):
-        self.asked += [(image.tobytes(), prompt) for image, prompt in zip(images, prompts)]
+    def submit(self, images, prompts, keep):
+        for i, (image, prompt) in enumerate(zip(images, prompts)):
+            self.asked.append((image.tobytes(), prompt))
+            keep(i, self.value)
         return lambda: torch.full((len(prompts),), self.value)
 
 
@@ -463,7 +470,7 @@ def test_a_panel_remembers_in_a_file(tmp_path):
     panel.remember(path)
     panel.score(images[:2], ["a", "b"])
     with open(path, "a") as file:  # killed while it wrote
-        file.write('["12ab", 0.')
+        file.write('["12ab", 0, 0.')
     judge = Counting(0.25)
     again = Panel([judge])
     again.remember(path)
@@ -475,10 +482,92 @@ def test_a_panel_remembers_in_a_file(tmp_path):
     with pytest.raises(UserError, match="holds the answers of always 0.25, not of always 0.5"):
         Panel([Counting(0.5)]).remember(path)
     header = '["always 0.25"]\n'
-    for harm in ("nonsense\n", "[1]\n", header + '["xy", 1]\n', header + "[1, 2, 3]\n"):
+    harms = ["nonsense\n", "[1]\n"]
+    harms += [header + line for line in ('["xy", 0, 1]\n', "[1, 2, 3]\n", '["12", 1, 0.5]\n')]
+    for harm in [*harms, header + '["12", 0.5]\n']:
         path.write_text(harm)
         with pytest.raises(UserError, match="remove it"):
             Panel([Counting(0.25)]).remember(path)
+
+
+def kept_lines(path):
+    """The answers in a file of `remember`, without the line that names the judges."""
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+def test_each_answer_is_kept_when_it_arrives(tmp_path):
+    """Answers were kept a batch at a time: of 8 images whose judge died after the fifth nothing was
+    left, while the message said that the same command goes on from there."""
+    images = random_images(8)
+    prompts = [f"prompt {n}" for n in range(8)]
+    path = tmp_path / "scores.json.answers"
+    process, url = serve("", "5")
+    panel = open_judges([url], workers=1, retries=0)
+    panel.remember(path)
+    with pytest.raises(JudgeError, match="the judge is gone"):
+        panel.score(images, prompts)
+    end(process)
+    assert len(kept_lines(path)) == 5
+    process, url = serve()
+    try:
+        panel = open_judges([url], workers=3)
+        panel.remember(path)
+        assert_close(panel.score(images, prompts), redness(images))
+        assert sorted(entry["prompt"] for entry in seen(url)["requests"]) == prompts[5:]
+        assert len(kept_lines(path)) == 8
+    finally:
+        end(process)
+
+
+def test_an_answer_is_kept_although_nobody_waits_for_it(url, tmp_path):
+    """A run that stops between asking and waiting keeps what it has asked for."""
+    path = tmp_path / "scores.json.answers"
+    panel = open_judges([url])
+    panel.remember(path)
+    panel.submit(random_images(2), ["unawaited", "too"])
+    deadline = time.time() + 30
+    while len(kept_lines(path)) < 2:
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+def test_of_two_judges_what_each_said_is_kept(tmp_path):
+    """The file held means, so that one judge's death threw away what the other had said."""
+    images = random_images(6)
+    prompts = [f"prompt {n}" for n in range(6)]
+    path = tmp_path / "scores.json.answers"
+    process, url = serve("", "4")
+    steady = Counting(0.5)
+    mortal = ServerJudge(url, workers=1, retries=0)
+    panel = Panel([steady, mortal])
+    panel.remember(path)
+    with pytest.raises(JudgeError, match="the judge is gone"):
+        panel.score(images, prompts)
+    end(process)
+    assert sorted(n for _, n, _ in kept_lines(path)) == [0] * 6 + [1] * 4
+    process, url = serve()
+    try:
+        idle = Counting(0.5)
+        again = Panel([idle, ServerJudge(url)])
+        again.remember(path)
+        assert_close(again.score(images, prompts), (redness(images) + 0.5) / 2)
+        assert not idle.asked and len(seen(url)["requests"]) == 2
+    finally:
+        end(process)
+
+
+def test_a_local_model_keeps_its_answers_batch_by_batch(vlm, tmp_path):
+    path = tmp_path / "scores.json.answers"
+    panel = Panel([TransformersJudge(vlm, batch=2)])
+    panel.remember(path)
+    images = random_images(5)
+    with pytest.raises(JudgeError, match="cannot be asked"):
+        panel.score(images, ["a", "b", "c", "an <image>", "e"])
+    assert len(kept_lines(path)) == 2
+    scores = panel.score(images, ["a", "b", "c", "d", "e"])
+    again = Panel([TransformersJudge(vlm, batch=2)])
+    again.remember(path)
+    assert again.score(images, ["a", "b", "c", "d", "e"]).tolist() == scores.tolist()
 
 
 def test_what_has_no_score_is_asked_again_and_is_no_mean(url, tmp_path):
@@ -517,11 +606,6 @@ def test_two_servers_are_asked_at_the_same_time(url):
 
 # --------------------------------------------------------------------------------------------------
 # A local model
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory):
-    return str(make_tiny_vlm(tmp_path_factory.mktemp("vlm")))
-
 
 def test_a_local_model_by_hand_and_in_batches(vlm):
     """R from one forward of the model itself, and the same whatever the batch and the length of
