@@ -229,7 +229,7 @@ def check_spec(spec):
                         "several, or transformers:DIR")
     if model and (not MODEL_NAME.fullmatch(model) or LIKE_A_KEY.search(model)):
         raise UserError(f"--judge {address}: what stands behind its # is no name of a model, and "
-                        "is not shown since it may be a key; a key belongs into the environment "
+                        "is not shown since it may be a key; a key belongs in the environment "
                         "variable JUDGE_API_KEY")
 
 
