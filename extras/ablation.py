@@ -34,7 +34,7 @@ from einops import rearrange, repeat
 
 import ppo
 import train
-from common import (Loop, UserError, load_module, make_folder, pick_device, read_json,
+from common import (Loop, UserError, first_few, load_module, make_folder, pick_device, read_json,
                     write_atomically)
 from eval_paircomp import benchmark_pairs, category_means, text_table
 from extras.judges import name_judges
@@ -467,15 +467,29 @@ def read_arms(paths):
 
 def pair_metrics(report):
     """A report of eval_paircomp.paircomp -> {metric: (P,) values of the test pairs}: s_a, s_g and
-    gap = s_a - s_g of each judge, and pair accuracy."""
+    gap = s_a - s_g of each judge, and pair accuracy, as far as the report has them."""
     metrics = {}
     for judge in JUDGES:
-        scores = np.array(report["pairs"][judge], np.float64)                   # (P, 2K)
-        s_a = scores.mean(1)
-        s_g = scores.prod(1) ** (1 / scores.shape[1])
-        metrics |= {f"{judge} s_a": s_a, f"{judge} s_g": s_g, f"{judge} gap": s_a - s_g}
-    metrics["pair accuracy"] = np.array(report["pairs"]["pair_accuracy"], np.float64)
+        if judge in report["pairs"]:
+            scores = np.array(report["pairs"][judge], np.float64)               # (P, 2K)
+            s_a = scores.mean(1)
+            s_g = scores.prod(1) ** (1 / scores.shape[1])
+            metrics |= {f"{judge} s_a": s_a, f"{judge} s_g": s_g, f"{judge} gap": s_a - s_g}
+    if "pair_accuracy" in report["pairs"]:
+        metrics["pair accuracy"] = np.array(report["pairs"]["pair_accuracy"], np.float64)
     return metrics
+
+
+def missing_parts(arms):
+    """{arm: {seed: result}} -> {judge or "pair_accuracy": the runs without it}. A run with --judge
+    alone has no held-out judge; one with --test has neither oracle nor pair accuracy."""
+    missing = {}
+    for arm, results in arms.items():
+        for seed, result in results.items():
+            for part in (*JUDGES, "pair_accuracy"):
+                if part not in result["ppo"]["pairs"]:
+                    missing.setdefault(part, []).append(f"{arm}-{seed}")
+    return missing
 
 
 def bootstrap(values, categories, resamples=10000, seed=0):
@@ -512,8 +526,8 @@ def draw_again(n_seeds, categories, resamples, seed):
 
 
 def compare(arm, baseline):
-    """Two {seed: result} -> ({metric: (arm's mean, baseline's mean, difference, low, high)}, the
-    seeds that both have)."""
+    """Two {seed: result} -> ({metric: (arm's mean, baseline's mean, difference, low, high)} of the
+    metrics that all these runs have, the seeds that both have)."""
     seeds = sorted(arm.keys() & baseline.keys())
     if not seeds:
         raise UserError(f"no seed in common: {sorted(arm)} and {sorted(baseline)}; runs are paired "
@@ -527,6 +541,8 @@ def compare(arm, baseline):
     baseline_metrics = [pair_metrics(baseline[seed]["ppo"]) for seed in seeds]
     table = {}
     for metric in arm_metrics[0]:
+        if any(metric not in metrics for metrics in arm_metrics + baseline_metrics):
+            continue
         a = np.stack([metrics[metric] for metrics in arm_metrics])              # (S, P)
         b = np.stack([metrics[metric] for metrics in baseline_metrics])
         mean_a, *_ = bootstrap(a, categories, 1)
@@ -537,7 +553,7 @@ def compare(arm, baseline):
 
 def worst_dip(arm, after=20):
     """The lowest held-out s_g of any seed's quick tests from rollout `after` on, relative to its
-    base's: 0.9 is 10 % below."""
+    base's: 0.9 is 10 % below. For runs with a held-out judge."""
     dips = []
     for result in arm.values():
         curve = result["curve"]
@@ -575,27 +591,38 @@ def difference_report(arm):
             if seen:
                 lines.append(line(f"{kind} {policy}", seen, 2))
     for where in ("inside", "outside"):
-        seen = [r["ppo"]["change"][where] for r in arm.values()]
-        lines.append(line(f"change {where} the true difference, nats a token", seen, 3))
+        seen = [r["ppo"]["change"][where] for r in arm.values() if "change" in r["ppo"]]
+        if seen:
+            lines.append(line(f"change {where} the true difference, nats a token", seen, 3))
     return lines
 
 
+METRICS = ["heldout s_g", "heldout s_a", "heldout gap", "train s_g", "oracle s_g", "pair accuracy"]
+
+
 def markdown(arms, baseline_name, baseline):
-    """The table of every arm against the baseline, x100, with the intervals of the differences."""
-    metrics = ["heldout s_g", "heldout s_a", "heldout gap", "train s_g", "oracle s_g",
-               "pair accuracy"]
-    rows = [["arm", "seeds", *metrics, "worst dip"]]
-    for name, arm in {baseline_name: baseline, **arms}.items():
-        table, seeds = compare(arm, baseline)
-        cells = []
+    """The table of every arm against the baseline, x100, with the intervals of the differences. It
+    has the metrics that all runs have; a line under it says which runs lack what."""
+    arms = {baseline_name: baseline, **arms}
+    missing = missing_parts(arms)
+    tables = {name: compare(arm, baseline) for name, arm in arms.items()}
+    metrics = [m for m in METRICS if all(m in table for table, _ in tables.values())]
+    rows = [["arm", "seeds", *metrics, *["worst dip"] * ("heldout" not in missing)]]
+    for name, (table, seeds) in tables.items():
+        row = [name, str(len(seeds))]
         for metric in metrics:
             mean, _, difference, low, high = (100 * value for value in table[metric])
             interval = f" ({difference:+.1f} [{low:+.1f}, {high:+.1f}])"
-            cells.append(f"{mean:.1f}" + ("" if arm is baseline else interval))
-        dip = f"{100 * (worst_dip(arm) - 1):+.0f} %"
-        rows.append([name, str(len(seeds)), *cells, dip])
+            row.append(f"{mean:.1f}" + ("" if name == baseline_name else interval))
+        if "heldout" not in missing:
+            row.append(f"{100 * (worst_dip(arms[name]) - 1):+.0f} %")
+        rows.append(row)
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    if missing:
+        parts = [f"{part} (not in {first_few(runs)})" for part, runs in missing.items()]
+        lines += ["", f"not compared: {', '.join(parts)}"]
+    return "\n".join(lines)
 
 
 def run_compare(paths, baseline_paths, out):

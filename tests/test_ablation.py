@@ -921,6 +921,60 @@ def test_without_matplotlib_there_is_a_table_but_no_image(runs, tmp_path, capsys
     assert not (tmp_path / "x.png").exists()
 
 
+def without(result, *parts):
+    """A result as a run leaves it that had no such judge, or no oracle and pair accuracy."""
+    def kept(report):
+        return {k: v for k, v in report.items() if k not in parts}
+    out = result | {"curve": [kept(entry) for entry in result["curve"]]}
+    for policy in ("base", "ppo"):
+        report = kept(result[policy])
+        out[policy] = report | {"pairs": kept(report["pairs"])}
+    return out
+
+
+def test_arms_of_a_real_model_are_compared_by_what_all_runs_have(tmp_path, capsys):
+    """A run with --judge alone has no held-out judge, and one with --test has neither oracle nor
+    pair accuracy nor D_t's true difference. Such runs, all arms of a real model, ended in a
+    traceback, KeyError: 'heldout'. They are compared by what they all have, and a line says what is
+    missing in which run."""
+    pytest.importorskip("matplotlib")
+    no_heldout = [without(result(s, random_scores(s)), "heldout") for s in (0, 1)]
+    lost = "oracle", "pair_accuracy", "divergence_auc", "change"
+    only_train = [without(result(s, random_scores(s) + 0.1), "heldout", *lost) for s in (0, 1)]
+    group = [write(tmp_path / f"group-{s}.json", no_heldout[s]) for s in (0, 1)]
+    pair = [write(tmp_path / f"pair-{s}.json", only_train[s]) for s in (0, 1)]
+    ablation.main(["--compare", *pair, "--baseline", *group, "--out", str(tmp_path / "x.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| arm | seeds | train s_g |"
+    assert lines[3].startswith("| pair | 2 | 60.2 (+10.2 [")
+    assert lines[5] == ("not compared: heldout (not in group-0; group-1; pair-0; pair-1), "
+                        "oracle (not in pair-0; pair-1), pair_accuracy (not in pair-0; pair-1)")
+    assert any(line.startswith("  change inside") for line in lines)    # of group, which has it
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+    # Every judge alone, and runs of an arm that differ in what they have
+    ablation.main(["--compare", *pair, "--baseline", *pair])
+    assert capsys.readouterr().out.splitlines()[0] == "| arm | seeds | train s_g |"
+    mixed = [write(tmp_path / "mixed-0.json", result(0, random_scores(0))), pair[1]]
+    shutil.copy(mixed[1], tmp_path / "mixed-1.json")
+    ablation.main(["--compare", mixed[0], str(tmp_path / "mixed-1.json"), "--baseline", *group])
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == "| arm | seeds | train s_g |" and "(not in mixed-1)" in out
+
+
+def test_arms_that_were_run_with_a_test_of_their_own_are_compared(run_arms, tmp_path, capsys):
+    """The same with real files: --test PairComp.json, in a run's own folder."""
+    entries = [{"category": f"{name} difference", "caption1": "a red circle", "caption2": "a dog"}
+               for name in ("Color", "Text")]
+    test = write(tmp_path / "PairComp.json", entries)
+    run_arms("group-0", "pair-0", flags=["--steps", "1", "--test", test])
+    capsys.readouterr()
+    ablation.main(["--compare", "runs/ablation/pair-0", "--baseline", "runs/ablation/group-0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| arm | seeds | heldout s_g |") and "oracle" not in lines[0]
+    assert lines[5].startswith("not compared: oracle (not in group-0; pair-0), pair_accuracy")
+
+
 def test_a_baseline_is_one_arm(runs):
     says = "--baseline: should be the runs of one arm, found pair, pair-choice"
     with pytest.raises(UserError, match=says):
