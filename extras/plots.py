@@ -54,9 +54,10 @@ def draw_curves(out):
     for ax, (stage, keys, title) in zip(axes.flat, PANELS):
         for key in keys:
             entries = [e for e in steps if e["stage"] == stage and key in e]
-            x = [e["step"] for e in entries]
-            ax.plot(x, [e[key] for e in entries], linewidth=0.8, label=key)
-        if len(keys) > 1:
+            if entries:                 # a run need not have every stage
+                x = [e["step"] for e in entries]
+                ax.plot(x, [e[key] for e in entries], linewidth=0.8, label=key)
+        if len(keys) > 1 and ax.lines:
             ax.legend()
         ax.set_title(title, fontsize=10)
     draw_tests(axes.flat[-1], [e for e in steps if e["stage"] == "ppo" and "test" in e])
@@ -65,7 +66,7 @@ def draw_curves(out):
 
 
 def draw_tests(ax, entries):
-    """The last panel: what the quick tests on the held-out pairs say. entries: log lines of ppo."""
+    """The last panel: what the quick tests say, if there are any. entries: log lines of ppo."""
     x = [e["step"] for e in entries]
     tests = [e["test"] for e in entries]
     for judge in JUDGES:
@@ -74,8 +75,9 @@ def draw_tests(ax, entries):
     if tests and "pair_accuracy" in tests[0]:
         accuracy = [test["pair_accuracy"] for test in tests]
         ax.plot(x, accuracy, label="pair accuracy", linestyle="--")
-    ax.legend()
-    ax.set_title("ppo: s_g on held-out pairs", fontsize=10)
+    if ax.lines:
+        ax.legend()
+    ax.set_title("ppo: s_g on held-out pairs" + ("" if tests else ": not tested"), fontsize=10)
 
 
 def draw_comparison(arms, path):

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import signal
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -1015,6 +1016,29 @@ def test_curves_are_drawn_of_a_log_on_the_command_line(run_log, capsys):
     assert capsys.readouterr().out == f"curves: {run_log / 'curves.png'}\n"
     with Image.open(run_log / "curves.png") as image:
         assert min(image.size) > 500 and len(image.convert("RGB").getcolors(10 ** 6)) > 50
+
+
+def test_curves_of_a_run_without_tests_or_judges_have_no_empty_legends(run_log, monkeypatch):
+    """A run with --data and without --test has nothing to test on, and one with --judge trains no
+    judges. Their panels had a legend of nothing, of which matplotlib warned after each such run."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    path = run_log / "log.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [{k: v for k, v in e.items() if k != "test"} for e in entries if e["stage"] != "reward"]
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    plots.draw_curves(run_log)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.draw_curves(run_log)
+    monkeypatch.undo()
+    for figure, n_legends in zip(figures, (2, 0)):
+        legends = [ax.get_legend() for ax in figure.axes]
+        assert sum(legend is not None for legend in legends) == n_legends
+        plt.close(figure)
+    titles = [ax.get_title() for ax in figures[1].axes]
+    assert titles[-1] == "ppo: s_g on held-out pairs: not tested"
 
 
 def test_without_matplotlib_curves_are_not_drawn_and_it_says_how(run_log, monkeypatch):
