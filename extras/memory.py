@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import UserError
+from eval_paircomp import IMAGES_PER_PROMPT
 from model import ImageModel, ModelConfig, generate, score
 from ppo import ppo_loss
 from tokenizer import VQConfig, VQModel, vq_batch_size
@@ -123,13 +124,29 @@ def zero_ids(rows, length):
     return torch.zeros(rows, length, dtype=torch.long)
 
 
+@torch.no_grad()
+def encode_images(vq, n):
+    """As many of n images as the tokenizer takes at once."""
+    n = min(vq_batch_size(vq.cfg), n)
+    vq.encode(torch.empty(n, 3, vq.cfg.image_size, vq.cfg.image_size))
+
+
+@torch.no_grad()
+def decode_images(vq, model, alive, n):
+    vq.decode(zero_ids(min(vq_batch_size(vq.cfg), n), model.cfg.n_image))
+    alive.phase("decode images")
+
+
+def score_zeros(model, n, guidance):
+    """Log-probs (n, N) of n sequences."""
+    return score(model, zero_ids(n, PROMPT), zero_ids(n, model.cfg.n_image), None, guidance)[0]
+
+
 def update(model, optimizer, alive, task, sequences):
     """Two backwards of so many sequences each, and an optimizer step."""
     guidance = GUIDANCE if task == "ppo" else 1.0
     for _ in range(2):  # the second finds the gradients of the first
-        prompts = zero_ids(sequences, PROMPT)
-        tokens = zero_ids(sequences, model.cfg.n_image)
-        logprobs, _ = score(model, prompts, tokens, None, guidance)
+        logprobs = score_zeros(model, sequences, guidance)
         old = torch.empty_like(logprobs)
         if task == "ppo":
             loss, _ = ppo_loss(logprobs, old, old, old, 0.2, 0.01, NO_GROUND_TRUTH)
@@ -143,12 +160,29 @@ def update(model, optimizer, alive, task, sequences):
     alive.phase("update")
 
 
-def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, rollout=1):
+def rollout(model, reference, vq, alive, prompts, images, tested, pairs):
+    """What PPO does before its update; prompts, images, tested, pairs as in `trace`."""
+    sample_start(model, zero_ids(tested, PROMPT), IMAGES_PER_PROMPT)
+    alive.phase("test")
+    sample_start(model, zero_ids(prompts, PROMPT), images)
+    alive.phase("sample")
+    decode_images(vq, model, alive, prompts * images)
+    truth = 4 * pairs  # each image and its twin's replace a sample
+    with torch.no_grad():
+        encode_images(vq, 2 * pairs)
+        score_zeros(model, truth, GUIDANCE)
+        alive.phase("score ground truth")
+        score_zeros(reference, 2 * pairs * images, GUIDANCE)
+        alive.phase("score by the reference")
+
+
+def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1):
     """A task -> {phase: GiB alive at its peak}.
 
     task: "sampling" of a policy in bf16; "pretrain" or "ppo" as `--preset janus` has them, with
     fp32 master weights, bf16 compute and activations made again in the backward. sequences: of a
-    backward; prompts: sampled at once; images: of a prompt; rollout: prompts of a step of PPO."""
+    backward; prompts: sampled at once; images: of a prompt; tested: prompts sampled at once in the
+    tests of PPO; pairs: of its rollout, all with ground truth."""
     # Fake tensors have no values in which padding could be found.
     no_mask = mock.patch("model.full_mask", lambda prompts, pad, length: None)
     with FakeTensorMode(), Alive() as alive, no_mask:
@@ -160,24 +194,15 @@ def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, rollout=1):
         vq = VQModel(vq_cfg).requires_grad_(False)
         alive.peak = alive.bytes
         alive.phase("at rest")
-
-        if task == "pretrain":
-            n = min(vq_batch_size(vq_cfg), sequences)
-            with torch.no_grad():
-                vq.encode(torch.empty(n, 3, vq_cfg.image_size, vq_cfg.image_size))
-            alive.phase("encode images")
-        else:
+        if task == "sampling":
             sample_start(model, zero_ids(prompts, PROMPT), images)
             alive.phase("sample")
-            n = min(vq_batch_size(vq_cfg), prompts * images)
-            with torch.no_grad():
-                vq.decode(zero_ids(n, cfg.n_image))
-            alive.phase("decode images")
-        if task == "ppo":
-            n = rollout * images
-            with torch.no_grad():
-                score(reference, zero_ids(n, PROMPT), zero_ids(n, cfg.n_image), None, GUIDANCE)
-            alive.phase("score by the reference")
+            decode_images(vq, model, alive, prompts * images)
+        elif task == "pretrain":
+            encode_images(vq, sequences)
+            alive.phase("encode images")
+        else:
+            rollout(model, reference, vq, alive, prompts, images, tested, pairs)
         if task != "sampling":
             update(model, optimizer, alive, task, sequences)
     return {name: peak / 2**30 for name, peak in alive.phases.items()}
@@ -217,7 +242,8 @@ def tasks_of(args):
             sequences=sequences,
             prompts=prompts,
             images=args.samples,
-            rollout=2 * args.pairs,
+            tested=max(1, 8 * args.microbatch // IMAGES_PER_PROMPT),
+            pairs=args.pairs,
         ),
     }
 

@@ -60,11 +60,13 @@ def test_fake_tensors_count_as_real_ones():
 def test_what_rests_and_what_moves():
     """At rest: fp32 weights and Adam's moments, the reference's matrices in bf16 and its vectors in
     fp32, the tokenizer."""
-    phases = trace(TINY, TINY_VQ, "ppo", sequences=2, prompts=2, images=3, rollout=4)
+    phases = trace(TINY, TINY_VQ, "ppo", sequences=2, prompts=2, images=3, pairs=2)
     assert list(phases) == [
         "at rest",
+        "test",
         "sample",
         "decode images",
+        "score ground truth",
         "score by the reference",
         "forward and backward",
         "update",
@@ -101,6 +103,24 @@ def test_the_real_geometry():
     phases = trace(JANUS["1B"], VQConfig.janus(), "sampling", images=4)
     assert phases["at rest"] == pytest.approx((2 * 1_485_053_952 + 4 * vq) / 2**30, rel=1e-3)
     assert 3.5 < max(phases.values()) < 6
+
+
+def test_tests_and_ground_truth_are_counted():
+    """The table once counted neither. A gradient of all sampled rows at once, made to compare it
+    with that of ground truth, needed more than all that was counted. It is gone, and ground truth
+    needs less than the backward. The tests take more sequences at once than a rollout, because
+    their prompts have two images: of the 1B they are the peak of a run."""
+    args = Namespace(pairs=4, samples=7, microbatch=4)
+    *_, settings = memory.tasks_of(args).values()
+    shallow = replace(JANUS["1B"], n_layer=2)  # the real widths, in less time
+    phases = trace(shallow, VQConfig.janus(), **settings)
+    assert phases["test"] > phases["sample"]
+    assert phases["at rest"] < phases["score ground truth"] < phases["forward and backward"]
+
+    def ground_truth(pairs):
+        return trace(TINY, TINY_VQ, "ppo", pairs=pairs)["score ground truth"]
+
+    assert ground_truth(pairs=8) > ground_truth(pairs=2)
 
 
 def test_the_table(capsys, monkeypatch):
