@@ -152,6 +152,13 @@ class ImageModel(nn.Module):
                 x = layer(x, rope, mask, caches[i] if caches else None, start)
         return self.norm(x)
 
+    def logits(self, h):
+        """Hidden states (..., C) -> logits (..., V). In fp32 even under autocast: guidance
+        multiplies the head's rounding by w, and PPO's ratios would clip without a change of the
+        policy. Whoever loads a model keeps its head in fp32."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.gen_head(h.float())
+
     def autocast(self):
         device = self.embed_tokens.weight.device
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
@@ -293,7 +300,7 @@ def decode(model, h, mask, caches, t, guidance, temperature, generator):
     branches = 1 if guidance == 1 else 2
     tokens, logprobs = [], []
     for n in range(model.cfg.n_image):
-        cond, *uncond = model.gen_head(h).chunk(branches)               # (R*G, V)
+        cond, *uncond = model.logits(h).chunk(branches)               # (R*G, V)
         uncond = uncond[0] if uncond else None
         logp = policy_logits(cond, uncond, guidance, temperature).log_softmax(-1)
         # argmax(p / Exp(1)) draws from p. torch.multinomial would wait for the device.
@@ -357,8 +364,8 @@ def score(model, prompts, tokens, empty=None, guidance=1.0, temperature=1.0, chu
     prompts (B, T), tokens (B, N), empty as in `generate` -> logprobs (B, N) and entropy (B, N) in
     nats, fp32. The entropy carries no gradient. At most chunk*V logits exist at once."""
     def head(token, cond, uncond=None):
-        uncond = None if uncond is None else model.gen_head(uncond)
-        logits = policy_logits(model.gen_head(cond), uncond, guidance, temperature)
+        uncond = None if uncond is None else model.logits(uncond)
+        logits = policy_logits(model.logits(cond), uncond, guidance, temperature)
         logp = logits.log_softmax(-1)                                   # (chunk, V)
         with torch.no_grad():
             entropy = -(logp.exp() * logp).sum(-1)
@@ -384,7 +391,7 @@ def prompt_divergence(model, prompts, twins, tokens, empty=None, guidance=1.0, t
     branches = [(models[0], prompts), (models[1], twins)]
 
     def head(*h):
-        logits = [m.gen_head(x) for m, x in zip(models * 2, h)]         # two, or four if guided
+        logits = [m.logits(x) for m, x in zip(models * 2, h)]         # two, or four if guided
         uncond = logits[2:] or [None, None]
         p = policy_logits(logits[0], uncond[0], guidance, temperature).log_softmax(-1)
         q = policy_logits(logits[1], uncond[1], guidance, temperature).log_softmax(-1)
@@ -432,6 +439,7 @@ def load_policy(run, policy, device, dtype=None):
     model.stored = {k: v.dtype for k, v in model.state_dict().items()}
     trained = run_settings(run, "ppo") or run_settings(run, "pretrain")
     model.bf16 = uses_bf16(dtype or trained.get("dtype", "auto"), device)
+    model.gen_head.float()
     return vq, model if model.bf16 else model.float()
 
 

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from common import (UserError, first_few, load_weights, make_folder, pick_device, read_json,
                     save_weights, tensor_bytes, write_atomically, write_json)
 from data import left_pad
-from model import ImageModel, ModelConfig
+from model import ImageModel, ModelConfig, save_policy
 from tokenizer import VQConfig, VQModel
 
 # Looked up in tokenizer.json, because PAD's id is not the same in 1B and 7B.
@@ -479,7 +479,8 @@ def fill(module, parts, found, device, dtype=None):
 
 
 def load_janus(folder, device="cpu"):
-    """A checkpoint's folder -> (tokenizer in fp32, policy as stored), both in eval mode.
+    """A checkpoint's folder -> (tokenizer in fp32, policy as stored with its head in fp32), both
+    in eval mode.
 
     A policy that is not stored in fp32 computes under bf16 autocast. UserError lists what does
     not fit."""
@@ -488,6 +489,7 @@ def load_janus(folder, device="cpu"):
     model = fill(checkpoint.model, checkpoint.model_parts, checkpoint.found, device)
     model.stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     model.bf16 = model.embed_tokens.weight.dtype != torch.float32
+    model.gen_head.float()                                              # see ImageModel.logits
     return vq, model
 
 
@@ -532,7 +534,7 @@ def import_checkpoint(folder, run):
     config = read_json(path, "config of the run") if path.exists() else {}
     write_json(path, config | {"preset": "janus"})
     save_weights(run / "tokenizer.safetensors", vq.state_dict(), config=asdict(vq.cfg))
-    save_weights(run / "pretrain.safetensors", model.state_dict(), config=asdict(model.cfg))
+    save_policy(run, "pretrain", model)
 
 
 def export(out, run, folder, policy="ppo"):
