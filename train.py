@@ -555,9 +555,10 @@ def parse(argv):
     first.add_argument("--stage", choices=list(STAGES))
     first.add_argument("--preset", choices=list(PRESETS))
     first.add_argument("--resume", action="store_true")
-    first.add_argument("--out")
+    first.add_argument("--out", default="")
+    first.add_argument("--init", default="")
     known, rest = first.parse_known_args(argv)
-    preset = known.preset or folder_preset(known.out)
+    preset = known.preset or folder_preset(known.out) or folder_preset(known.init) or "tiny"
     help_asked = "-h" in rest or "--help" in rest
     if known.stage is None and not help_asked:
         if rest:
@@ -582,12 +583,10 @@ def parse(argv):
     return stage, known.resume, cfg, preset
 
 
-def folder_preset(out):
-    """The preset with which a run folder was begun; a checkpoint's folder has its own."""
-    path = Path(out or "") / "config.json"
-    if out is None or not path.is_file():
-        return "tiny"
-    return read_json(path, "config of the run").get("preset", "tiny")
+def folder_preset(run):
+    """The preset with which a run folder was begun, or None. A checkpoint's folder has its own."""
+    path = Path(run) / "config.json"
+    return read_json(path, "config of the run").get("preset") if path.is_file() else None
 
 
 def add_flag(parser, f, value):
@@ -669,6 +668,9 @@ def missing_stages(stage, cfg, preset):
     if getattr(cfg, "init", ""):
         needed = []                     # the tokenizer comes with the base model
     missing = [s for s in needed if not (Path(cfg.out) / f"{s}.safetensors").exists()]
+    if preset == "janus" and not cfg.data:
+        raise UserError("--preset janus: wants --data pairs.json, pairs in FocusDiff-Data's layout "
+                        "(python pairworld.py --write DIR makes small ones)")
     if preset == "janus" and missing == ["reward"]:
         raise UserError("say who judges: --judge URL or transformers:DIR (PairWorld's small judges "
                         "can be trained first, by --stage reward)")
