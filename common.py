@@ -275,8 +275,10 @@ class Loop:
         kept = []
         if self.log_path.exists():
             for line in self.log_path.read_text().splitlines():
-                whole = line.endswith("}")
-                entry = json.loads(line) if whole else {"stage": self.stage, "step": self.first}
+                try:
+                    entry = json.loads(line)
+                except ValueError:      # cut short by a kill: that step is done again
+                    continue
                 if entry["stage"] != self.stage or entry.get("step", self.first) < self.first:
                     kept.append(line + "\n")
         write_atomically(self.log_path, "".join(kept).encode())

@@ -344,6 +344,19 @@ def test_a_later_failure_leaves_the_state_before_it(whole, folder):
     assert logged(folder) == whole[1]
 
 
+@pytest.mark.parametrize("cut", [1, 10, 30])
+def test_a_log_line_that_a_kill_cut_short_does_not_stop_the_resumption(whole, folder, cut):
+    """A line cut right behind a nested object ends in "}" like a whole one, and --resume ended in a
+    JSONDecodeError."""
+    with pytest.raises(UserError):
+        train_line(folder, stop=fail_at(3, False))
+    line = json.dumps({"stage": "ppo", "step": 3, "test": {"heldout": {"s_g": 0.5}}, "loss": 1.0})
+    with open(folder / "log.jsonl", "a") as f:
+        f.write(line[:line.index("}") + 1] if cut == 1 else line[:cut])
+    assert train_line(folder, resume=True) == whole[0]
+    assert logged(folder) == whole[1]
+
+
 def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(whole, folder):
     def press(step, after_step):
         if (step, after_step) == (2, False):
