@@ -206,8 +206,8 @@ def schedule(cfg, step):
 
 
 # -- The loop --------------------------------------------------------------------------------------
-# What may change between a run and its resumption: where the run folder and the servers are.
-FREE_TO_CHANGE = ("out",)
+# What may change between a run and its resumption: where the folder is, and what fits in memory.
+FREE_TO_CHANGE = ("out", "microbatch")
 
 
 def same_setting(name, one, other):
@@ -237,8 +237,9 @@ class Loop:
                 loop.log(step, loss=loss)
             loop.finish()                               # the weights are saved: drop the state
 
-    A judge that is gone and an image that cannot be read end the run in `__exit__`, for all stages:
-    if the step has not changed the weights yet, its state is saved, and --resume repeats it."""
+    A judge that is gone, an image that cannot be read and memory that is full end the run in
+    `__exit__`, for all stages: if the step has not changed the weights yet, its state is saved, and
+    --resume repeats it."""
 
     def __init__(self, stage, cfg, resume):
         self.stage = stage
@@ -343,13 +344,16 @@ class Loop:
         for open_one in (self.bar, self.log_file):
             if open_one is not None:
                 open_one.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            error = UserError("out of memory; go on with a smaller --microbatch, which changes no "
+                              f"result but rounding ({str(error).splitlines()[0]})")
         if not isinstance(error, UserError) or isinstance(error, Stopped):
             return
         if self.step is None:
             if self.saved == self.cfg.steps:            # trained, but not tested or saved yet
                 raise UserError(f"{self.stage}: {error}. {self.path} is intact: mend it, then the "
                                 "same command with --resume") from error
-            return                                      # before the first step: nothing is lost
+            raise error                                 # before the first step: nothing is lost
         if not self.changed:
             self.save(self.step)
         intact = (f"{self.path} of step {self.saved} is intact: mend it, then the same command "

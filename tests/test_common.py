@@ -233,6 +233,7 @@ class Settings:
     decay: float = 0.5
     lr: float = 0.1
     judge: str = ""
+    microbatch: int = 0
 
 
 def test_the_randomness_of_a_step_follows_from_seed_stage_and_step_alone():
@@ -326,6 +327,31 @@ def test_a_step_that_fails_before_the_weights_move_is_repeated(whole, folder):
         train_line(folder, stop=fail_at(3, False))
     assert train_line(folder, resume=True) == whole[0]
     assert logged(folder) == whole[1]
+
+
+def test_memory_that_is_full_loses_nothing_and_a_smaller_microbatch_goes_on(whole, folder):
+    """An OutOfMemoryError saved nothing, and --resume refused the very flag that would have helped:
+    the run could not go on with less memory."""
+
+    def full(step, after_step):
+        if (step, after_step) == (3, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore text")
+
+    says = "ppo, step 3: out of memory; go on with a smaller --microbatch.*of step 3 is intact"
+    with pytest.raises(UserError, match=says) as error:
+        train_line(folder, stop=full)
+    assert "\n" not in str(error.value)
+    assert train_line(folder, resume=True, microbatch=2) == whole[0]
+    assert logged(folder) == whole[1]
+
+
+def test_memory_that_is_full_before_the_first_step_is_one_line(folder):
+    def full(step, after_step):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(UserError, match="out of memory; go on with a smaller --microbatch"):
+        with Loop("ppo", Settings(str(folder)), resume=False):
+            full(0, False)
 
 
 def test_a_step_that_fails_after_the_weights_moved_is_not_saved(folder):
