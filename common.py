@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                     # Windows
+    fcntl = None
 
 GRAD_CLIP = 1.0                     # largest gradient norm, in every stage
 SAVE_SECONDS = 60                   # a state is saved about this often, but
@@ -95,6 +101,20 @@ def make_folder(path):
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"{path}: cannot be made a folder ({e.strerror})") from e
+
+
+@contextmanager
+def only_process(folder):
+    """The run folder is this process' alone. UserError if another one trains there. The lock goes
+    with the process, so that a kill leaves none behind."""
+    with open(Path(folder) / ".lock", "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process trains there; wait for it, or give another "
+                            "--out") from None
+        yield
 
 
 # -- Weights ---------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import ppo
 from common import (Loop, UserError, adamw, copy_file, load_module, make_folder, muon_and_adamw,
-                    pick_device, read_json, save_weights, step_random, uses_bf16, write_json)
+                    only_process, pick_device, read_json, save_weights, step_random, uses_bf16, write_json)
 from data import PairSet, image_grid, read_pairs, read_prompts
 from eval_paircomp import BeforeAfter, benchmark_pairs, generate_images
 from model import (ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score,
@@ -681,9 +681,8 @@ def missing_stages(stage, cfg, preset):
 
 
 def begin_folder(cfg, stage, preset):
-    """Make the run folder. UserError if the stage is trained there already."""
+    """UserError if the stage is trained there already; else the folder remembers the preset."""
     out = Path(cfg.out)
-    make_folder(out)
     if (out / f"{stage}.safetensors").exists() and not (out / f"{stage}.state").exists():
         raise UserError(f"{out / stage}.safetensors is there already; choose another --out, or "
                         f"delete it to train {stage} again")
@@ -703,16 +702,8 @@ def peak_memory():
     return f", peak memory {peak / 2 ** 30:.2f} GB"
 
 
-def main(argv=None):
-    stage, resume, cfg, preset = parse(sys.argv[1:] if argv is None else argv)
-    if stage is None:
-        print(__doc__)
-        print("\n".join(f"{name}: about {MINUTES[name]:g} min on two CPU cores, preset tiny; needs "
-                        f"{', '.join(NEEDS[name]) or 'nothing'}" for name in STAGES))
-        return
-    if stage == "ppo" and (cfg.judge or cfg.heldout_judge):
-        from extras.judges import name_judges
-        cfg = name_judges(cfg)
+def train_stages(stage, cfg, preset, resume):
+    """What is missing, then the stage."""
     begin_folder(cfg, stage, preset)
     missing = missing_stages(stage, cfg, preset)
     if missing:
@@ -727,6 +718,21 @@ def main(argv=None):
         with Loop(name, own, resume) as loop:
             TRAIN[name](own, loop)
         print(f"{name}: done in {(time.time() - began) / 60:.1f} min{peak_memory()}")
+
+
+def main(argv=None):
+    stage, resume, cfg, preset = parse(sys.argv[1:] if argv is None else argv)
+    if stage is None:
+        print(__doc__)
+        print("\n".join(f"{name}: about {MINUTES[name]:g} min on two CPU cores, preset tiny; needs "
+                        f"{', '.join(NEEDS[name]) or 'nothing'}" for name in STAGES))
+        return
+    if stage == "ppo" and (cfg.judge or cfg.heldout_judge):
+        from extras.judges import name_judges
+        cfg = name_judges(cfg)
+    make_folder(cfg.out)
+    with only_process(cfg.out):
+        train_stages(stage, cfg, preset, resume)
     if stage == "ppo":
         from extras.plots import draw_curves
         print(f"curves: {draw_curves(Path(cfg.out))}")

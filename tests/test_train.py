@@ -152,6 +152,24 @@ def test_killed_and_resumed_ends_bitwise_equal(smoke, tmp_path, stage):
     assert log_of(whole) == log_of(killed)
 
 
+def test_a_folder_in_use_is_refused(smoke, tmp_path):
+    """Two processes wrote into one folder: two runs' steps in one log, and the state of whichever
+    saved last. The lock goes with its process, so that a killed run is not in the way."""
+    out = copy_of(smoke, tmp_path / "run", "tokenizer")
+    args = ["--stage", "pretrain", "--preset", "smoke", "--steps", "5000", "--out", str(out)]
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(saving_always(*args), cwd=ROOT, stdout=quiet, stderr=quiet)
+    wait_for((out / "pretrain.state").exists, process)
+    for other in (["--stage", "pretrain", "--resume"], ["--stage", "reward"]):
+        with pytest.raises(UserError, match="another process trains there; wait for it, or give"):
+            train.main([*args, *other])
+    process.kill()
+    process.wait()
+    done = len(log_of(out, "pretrain"))
+    train.main(["--stage", "reward", "--preset", "smoke", "--steps", "1", "--out", str(out)])
+    assert done >= 1 and (out / "reward.safetensors").exists()
+
+
 def test_ctrl_c_says_how_to_go_on(smoke, tmp_path):
     out = copy_of(smoke, tmp_path / "run", "tokenizer")
     args = ["--stage", "pretrain", "--preset", "smoke", "--steps", 5000, "--out", out]
