@@ -272,7 +272,8 @@ class Loop:
         self.changed = False            # the weights have moved in this step
         self.seconds = 0.0              # spent before this process
         self.interrupted = False
-        if self.path.exists() and not resume:
+        self.resumed = self.path.exists()
+        if self.resumed and not resume:
             raise UserError(f"{self.path} holds an unfinished run; add --resume to go on with it, "
                             "or delete it to start again")
 
@@ -283,7 +284,7 @@ class Loop:
         self.optimizers = optimizers
         self.extra = extra or {}
         self.peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
-        if self.path.exists():
+        if self.resumed:
             self._load()
         self._trim_log()
         config_path = self.path.with_name("config.json")
@@ -439,6 +440,7 @@ class Loop:
     def finish(self):
         """The stage's weights are on disk: its state is needed no more."""
         self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".before").unlink(missing_ok=True)        # of BeforeAfter
 
 
 # -- Optimizers ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from common import UserError, make_folder, write_atomically
+from common import UserError, load_weights, make_folder, save_weights, write_atomically
 from data import image_grid
 from model import empty_ids, generate
 from pairworld import ATTRIBUTES, CATEGORIES, different_attributes, pairworld, read_scene
@@ -178,9 +178,26 @@ class BeforeAfter:
         names = [name for name in (*self.judges, "pair_accuracy") if name in report]
         return {"test": {name: report[name]["average"] for name in names}}
 
-    def before(self, reference):
-        if self.pairs is not None:
-            self.base, self.base_images = self.run(reference, self.pairs)
+    def before(self, reference, loop):
+        """The base model's side of the table. A resumed run keeps the one that it began with."""
+        kept = loop.path.with_suffix(".before")
+        if self.pairs is None:
+            return
+        if loop.resumed and kept.exists():
+            tensors, meta = load_weights(kept)
+            self.base = meta["report"]
+            self.base_images = tensors["images"].numpy()
+        else:
+            self.base, images = self.run(reference, self.pairs)
+            self.base_images = self.first_images(images)
+            save_weights(kept, {"images": torch.from_numpy(self.base_images)}, report=self.base)
+
+    def first_images(self, images):
+        """images (P, 2, K, H, W, 3) -> (categories, 2, H, W, 3): the first image of each prompt, of
+        the first pair of each category, not of the best."""
+        categories = self.pairs.categories
+        self.picks = [categories.index(category) for category in dict.fromkeys(categories)]
+        return images[self.picks, :, 0]
 
     def after(self, policy, curve):
         """Print the table, write paircomp.json and samples/before_after.png. curve: the quick
@@ -188,32 +205,28 @@ class BeforeAfter:
         if self.pairs is None:
             return
         out = Path(self.cfg.out)
-        ppo, ppo_images = self.run(policy, self.pairs)
+        ppo, images = self.run(policy, self.pairs)
         result = {"base": self.base, "ppo": ppo, "curve": curve, "config": asdict(self.cfg)}
         write_atomically(out / "paircomp.json", json.dumps(result).encode())
-        save_before_after(out / "samples" / "before_after.png", self.pairs, self.base_images,
-                          ppo_images)
+        path = out / "samples" / "before_after.png"
+        self.draw(path, self.first_images(images))
         print(format_before_after(self.base, ppo))
-        print(f"images: {out / 'samples' / 'before_after.png'}")
+        print(f"images: {path}")
 
-
-def save_before_after(path, pairs, base_images, ppo_images):
-    """The first pair of each category, not the best: what is asked, if the pairs have images, the
-    base model's first image of each prompt, and the policy's. base_images, ppo_images
-    (P, 2, K, H, W, 3)."""
-    picks = [pairs.categories.index(category) for category in dict.fromkeys(pairs.categories)]
-    shown = {"base": base_images[picks, :, 0], "ppo": ppo_images[picks, :, 0]}
-    if pairs.has_images(picks).all():
-        shown = {"asked": pairs.load(picks)} | shown
-    rows = np.stack(list(shown.values()), 1)                            # (picks, 2 or 3, 2, ...)
-    labels = []
-    for pick in picks:
-        for policy in shown:
-            labels += [f"{policy}: {prompt}" for prompt in pairs.prompts[pick]]
-    make_folder(path.parent)
-    scale = max(1, 160 // rows.shape[3])
-    flat = rows.reshape(-1, *rows.shape[3:])
-    image_grid(flat, labels, 2 * len(shown), scale).save(path)
+    def draw(self, path, ppo_images):
+        """What is asked, if the pairs have images, the base model's images and the policy's."""
+        shown = {"base": self.base_images, "ppo": ppo_images}           # (categories, 2, H, W, 3)
+        if self.pairs.has_images(self.picks).all():
+            shown = {"asked": self.pairs.load(self.picks)} | shown
+        rows = np.stack(list(shown.values()), 1)                        # (.., 2 or 3, 2, H, W, 3)
+        labels = []
+        for pick in self.picks:
+            for policy in shown:
+                labels += [f"{policy}: {prompt}" for prompt in self.pairs.prompts[pick]]
+        make_folder(path.parent)
+        scale = max(1, 160 // rows.shape[3])
+        flat = rows.reshape(-1, *rows.shape[3:])
+        image_grid(flat, labels, 2 * len(shown), scale).save(path)
 
 
 # -- Tables ----------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import ppo
 from common import (Loop, UserError, adamw, copy_file, load_module, make_folder, muon_and_adamw,
-                    only_process, pick_device, read_json, save_weights, step_random, uses_bf16, write_json)
+                    only_process, pick_device, read_json, save_weights, step_random, uses_bf16,
+                    write_json)
 from data import PairSet, image_grid, read_pairs, read_prompts
 from eval_paircomp import BeforeAfter, benchmark_pairs, generate_images
 from model import (ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score,
@@ -428,7 +429,7 @@ def train_ppo(cfg, loop, algo=ppo):
     sampling = dict(empty=empty_ids(policy), guidance=cfg.guidance, temperature=cfg.temperature)
     n_questions = len(inspect.signature(algo.REWARDS[cfg.reward]).parameters)
     loop.start({"model": policy}, [adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)])
-    test.before(reference)
+    test.before(reference, loop)
 
     for step in loop:
         rng, generator = step_random(cfg, "ppo", step, device)

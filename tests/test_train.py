@@ -294,6 +294,38 @@ def test_base_and_policy_are_compared_in_one_precision(smoke, tmp_path):
         assert again == report[column]
 
 
+def test_a_resumed_run_keeps_the_table_that_it_began_with(smoke, tmp_path, monkeypatch):
+    """The base model was sampled and judged again at every --resume: minutes of a real model, and
+    of a judge that costs money. The end is the same to the bit."""
+    args = ["--stage", "ppo", "--preset", "smoke", "--steps", "2", "--eval-every", "100",
+            "--eval-pairs", "1", "--device", "cpu", "--lr", "3e-3"]
+    tables = []
+    run = eval_paircomp.BeforeAfter.run
+    monkeypatch.setattr(eval_paircomp.BeforeAfter, "run", lambda self, model, pairs: tables.append(
+        len(pairs)) or run(self, model, pairs))
+    whole = copy_of(smoke, tmp_path / "whole", *NEEDS["ppo"])
+    train.main([*args, "--out", str(whole)])
+    assert tables == [6, 24, 6]                         # before, quick, after
+    stopped = copy_of(smoke, tmp_path / "stopped", *NEEDS["ppo"])
+    score = train.score
+
+    def press_ctrl_c(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(train, "score", score)
+        return score(*args, **kwargs)
+    monkeypatch.setattr(train, "score", press_ctrl_c)
+    with pytest.raises(UserError, match="stopped after step 1 of ppo"):
+        train.main([*args, "--out", str(stopped)])
+    del tables[:]
+    train.main([*args, "--out", str(stopped), "--resume"])
+    assert tables == [6]                                # after
+    for name in ("ppo.safetensors", "samples/before_after.png"):
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+    reports = [json.loads((f / "paircomp.json").read_text()) for f in (whole, stopped)]
+    assert [reports[0][k] == reports[1][k] for k in ("base", "ppo", "curve")] == [True] * 3
+    assert not (stopped / "ppo.before").exists()
+
+
 def test_sample_draws_a_prompt_and_a_pair(smoke, tmp_path):
     for n, prompts in ((1, ["three red circles"]), (2, ["three red circles", "two red circles"])):
         image = tmp_path / f"{n}.png"
