@@ -99,10 +99,12 @@ def sample_start(model, prompts, samples):
 
 
 def stored_policy(cfg):
-    """A policy as a checkpoint stores it: matrices in bf16, vectors in fp32 (`janus.fill`)."""
+    """A policy as `load_policy` has it on a GPU: matrices in bf16, vectors and the head in fp32."""
     model = ImageModel(cfg)
     tensors = model.state_dict()
-    tensors = {k: v.bfloat16() if v.dim() > 1 else v for k, v in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1 and not name.startswith("gen_head"):
+            tensors[name] = tensor.bfloat16()
     model.load_state_dict(tensors, assign=True)
     model.bf16 = True
     return model.requires_grad_(False)

@@ -58,8 +58,8 @@ def test_fake_tensors_count_as_real_ones():
 
 
 def test_what_rests_and_what_moves():
-    """At rest: fp32 weights and Adam's moments, the reference's matrices in bf16 and its vectors in
-    fp32, the tokenizer."""
+    """At rest: fp32 weights and Adam's moments, the reference's matrices in bf16, its vectors and
+    its head in fp32, the tokenizer."""
     phases = trace(TINY, TINY_VQ, "ppo", sequences=2, prompts=2, images=3, pairs=2)
     assert list(phases) == [
         "at rest",
@@ -73,11 +73,13 @@ def test_what_rests_and_what_moves():
     ]
     with torch.device("meta"):
         model, vq = ImageModel(TINY), VQModel(TINY_VQ)
-    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
-    n = parameters(model)
+    n, in_fp32 = parameters(model), 0
+    for name, p in model.named_parameters():
+        if p.dim() < 2 or name.startswith("gen_head"):
+            in_fp32 += p.numel()
     rest = phases["at rest"] * 2**30
     # The rest of it are the counts of Adam's steps.
-    assert rest == pytest.approx(12 * n + 2 * n + 2 * vectors + 4 * parameters(vq), rel=1e-2)
+    assert rest == pytest.approx(12 * n + 2 * n + 2 * in_fp32 + 4 * parameters(vq), rel=1e-2)
     assert phases["update"] * 2**30 == pytest.approx(rest + 4 * n, rel=1e-2)  # the gradients
     assert phases["forward and backward"] > phases["update"]
     # Keys and values in bf16, of six images in two branches.
@@ -100,8 +102,10 @@ def test_more_at_once_needs_more():
 def test_the_real_geometry():
     with torch.device("meta"):
         vq = parameters(VQModel(VQConfig.janus()))
+        head = parameters(ImageModel(JANUS["1B"]).gen_head)
     phases = trace(JANUS["1B"], VQConfig.janus(), "sampling", images=4)
-    assert phases["at rest"] == pytest.approx((2 * 1_485_053_952 + 4 * vq) / 2**30, rel=1e-3)
+    weights = 2 * 1_485_053_952 + 2 * head + 4 * vq
+    assert phases["at rest"] == pytest.approx(weights / 2**30, rel=1e-3)
     assert 3.5 < max(phases.values()) < 6
 
 
@@ -159,7 +163,8 @@ def test_a_run_folder_is_largest_when_the_next_state_is_written(tmp_path, monkey
     here at the moment in which one takes its place."""
     cfg = replace(TINY, n_layer=4, n_embd=256, n_ffn=512)
     vq, policy = VQModel(TINY_VQ), ImageModel(cfg)
-    policy.stored = {k: v.dtype for k, v in memory.stored_policy(cfg).state_dict().items()}
+    for name, tensor in policy.state_dict().items():  # as a checkpoint has them
+        policy.stored[name] = torch.bfloat16 if tensor.dim() > 1 else torch.float32
     common.save_weights(tmp_path / "tokenizer.safetensors", vq.state_dict())
     save_policy(tmp_path, "pretrain", policy)
     monkeypatch.setattr(common, "SAVE_SECONDS", 0)
