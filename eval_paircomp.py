@@ -81,9 +81,17 @@ def paircomp(images, pairs, judges, pairworld=False):
     prompts = [prompt for prompt in pairs.flat_prompts() for _ in range(k)]
     report, raw = {}, {}
     for name, judge in judges.items():
-        scores = judge.score(flat, prompts).view(len(pairs), 2 * k)
-        report[name] = summarize(scores.numpy(), pairs.categories)
-        raw[name] = [[float(f"{value:.4g}") for value in row] for row in scores.tolist()]
+        scores = judge.score(flat, prompts).view(len(pairs), 2 * k).numpy()
+        known = np.isfinite(scores).all(1)              # NaN: the judge could not answer
+        if not known.all():
+            print(f"{name} judge: no answer to {np.isnan(scores).sum()} images; of its averages "
+                  f"{(~known).sum()} of {len(known)} pairs are left out")
+        if not known.any():
+            raise UserError(f"the {name} judge answers to no pair; choose another")
+        categories = [c for c, ok in zip(pairs.categories, known) if ok]
+        report[name] = summarize(scores[known], categories)
+        raw[name] = [[float(f"{value:.4g}") if value == value else None for value in row]
+                     for row in scores.tolist()]
     if pairworld:
         right = pair_accuracy(images, pairs.prompts)
         raw["pair_accuracy"] = right.astype(int).tolist()
@@ -262,7 +270,7 @@ def format_before_after(base, ppo):
         rows.append((f"{label:<14} base", percents(before)))
         rows.append((f"{label:<14} ppo", percents(after[label])))
         gains = {c: f"{100 * (after[label][c] / v - 1):+.1f}%" if v else "-"
-                 for c, v in before.items()}
+                 for c, v in before.items() if c in after[label]}
         rows.append((f"{label:<14} gain", gains))
     return text_table(rows)
 

@@ -67,14 +67,18 @@ def group_advantages(rewards, pool, counted=None, floor=STD_FLOOR):
 
     pool "group": mean and std over a prompt's own G samples (vanilla GRPO). "pair": over the 2G
     samples of a pair (Pair-GRPO); a prompt whose twin is harder then keeps a positive mean
-    advantage. counted (P, 2, G) bool: whose rewards make mean and std; None is everybody's. The own
-    reward is in the mean. That only shrinks A, by (n-1)/n for a pool of n."""
-    share = torch.ones_like(rewards) if counted is None else counted.to(rewards.dtype)
+    advantage. The own reward is in the mean. That only shrinks A, by (n-1)/n for a pool of n.
+
+    A reward that is NaN, of an image for which the judge had no answer, does not count and has the
+    advantage 0. counted (P, 2, G) bool: whose rewards make mean and std; None is everybody's."""
+    known = rewards.isfinite()
+    rewards = torch.where(known, rewards, 0.0)
+    share = (known if counted is None else known & counted).to(rewards.dtype)
     dims = POOLS[pool]
-    n = share.sum(dims, keepdim=True)
+    n = share.sum(dims, keepdim=True).clamp(min=1)
     deviation = rewards - (share * rewards).sum(dims, keepdim=True) / n
     variance = (share * deviation.square()).sum(dims, keepdim=True) / n
-    return deviation / (variance.sqrt() + floor)
+    return torch.where(known, deviation / (variance.sqrt() + floor), 0.0)
 
 
 def difference_weights(divergence, strength, cap=WEIGHT_CAP):

@@ -490,10 +490,11 @@ def train_ppo(cfg, loop, algo=ppo):
 
         # 6. Log
         sampled = scores[0].flatten()[~replaced]
+        sampled = sampled[sampled.isfinite()]                           # NaN: no answer
         flat = rewards.std(2, correction=0) < 1e-3
         loop.log(step, reward=sampled.mean(), **average(stats), **metrics,
                  truth_probability=p_truth, reward_std=sampled.std(correction=0),
-                 frac_zero_std=flat.float().mean())
+                 frac_zero_std=flat.float().mean(), unanswered=rewards.isnan().sum())
         if (step + 1) % cfg.eval_every == 0:
             save_samples(cfg, f"ppo_{step + 1:04d}.png", images[G - 1::G][:16], prompts[:16], 8, 5)
 

@@ -26,7 +26,7 @@ from common import (UserError, first_few, make_folder, pick_device, read_json, t
 from data import PairSet, load_image
 from eval_paircomp import (IMAGES_PER_PROMPT, benchmark, benchmark_pairs, image_chunks, percents,
                            report_lines, summarize, text_table)
-from extras.judges import is_elsewhere, open_judges
+from extras.judges import check_spec, is_elsewhere, open_judges
 from extras.leaderboard import format_leaderboard
 from model import load_policy
 from pairworld import IMAGE_SIZE
@@ -43,6 +43,8 @@ SCORED_AT_ONCE = 256                    # images
 def open_judge(specs, device, run=None):
     """--judge -> a judge: "train", "heldout" or "oracle" of a run folder, or one or more of
     http://HOST:PORT/v1[#MODEL] and transformers:DIR, whose mean counts."""
+    for spec in filter(is_elsewhere, specs):            # no error below may print a secret
+        check_spec(spec)
     if all(is_elsewhere(spec) for spec in specs):
         return open_judges(specs, device)
     if specs == ["oracle"]:
@@ -302,6 +304,7 @@ def run_score(args):
         size = network.cfg.grid * network.cfg.patch if network else IMAGE_SIZE
     places = list(np.ndindex(len(pairs), 2, IMAGES_PER_PROMPT))
     scores = {str(p): [] for p in range(len(pairs))}
+    unanswered = []
     for start in tqdm(range(0, len(places), SCORED_AT_ONCE), desc="score", unit="batch"):
         chunk = places[start:start + SCORED_AT_ONCE]
         images = [load_image(image_path(args.images, *place), size) for place in chunk]
@@ -309,11 +312,16 @@ def run_score(args):
         try:
             answers = judge.score(images, [pairs[p][i] for p, i, _ in chunk])
         except UserError as e:
-            raise UserError(f"{e}; {start} of {len(places)} scores are kept in {kept}, the same "
-                            "command goes on from there") from e
+            raise UserError(f"{e}; what was answered is kept in {kept}, the same command goes on "
+                            "from there") from e
         for (p, i, k), score in zip(chunk, answers.tolist()):
             entry = {"pair_idx": p, "prompt_idx": i, "image_idx": k, "score": score}
             scores[str(p)].append(entry)
+            if np.isnan(score):
+                unanswered.append(image_path("", p, i, k).name)
+    if unanswered:
+        raise UserError(f"the judge answers neither yes nor no to {first_few(unanswered)}; the "
+                        f"other scores are kept in {kept}: try again, or another judge")
     write_json(args.out, scores)
     kept.unlink(missing_ok=True)
     names = judge.names if elsewhere else args.judge
@@ -391,6 +399,8 @@ def check(args):
     """UserError for what the parser cannot know."""
     check_policy_flags(args)
     judges = getattr(args, "judge", None) or []
+    for spec in filter(is_elsewhere, judges):           # no error below may print a secret
+        check_spec(spec)
     if args.command == "benchmark" and not all(is_elsewhere(spec) for spec in judges):
         raise UserError(f"--judge {' '.join(judges)}: the benchmark asks the run's own judges and "
                         "the oracle anyway; give one elsewhere, or none")

@@ -469,6 +469,29 @@ def test_guidance_and_temperature_follow_the_training(run, tmp_path):
     assert filled("pretrain", 2.0, 0.4) == filled("ppo", 2.0, 0.4) == (2.0, 0.4)
 
 
+def test_an_image_without_a_score_is_named_and_the_others_are_kept(prompts, tmp_path, monkeypatch):
+    """A score that nobody gave is never made up, and the rest need not be asked about again."""
+    class Judge:
+        names = ["a judge"]
+
+        def remember(self, path):
+            path.write_text("answers")
+
+        def score(self, images, prompts):
+            return torch.tensor([0.5] * (len(prompts) - 1) + [float("nan")])
+    out = tmp_path / "scores.json"
+    n_pairs = len(json.loads(Path(prompts).read_text()))
+    (tmp_path / "images").mkdir()
+    for place in np.ndindex(n_pairs, 2, 2):
+        Image.new("RGB", (8, 8)).save(files.image_path(tmp_path / "images", *place))
+    monkeypatch.setattr(files, "open_judges", lambda *args: Judge())
+    command = ["score", "--images", str(tmp_path / "images"), "--prompts", str(prompts), "--judge",
+               "http://h:1/v1", "--out", str(out)]
+    with pytest.raises(UserError, match=f"neither yes nor no to {n_pairs - 1}_1_1.png; the other"):
+        ev.main(command)
+    assert not out.exists() and Path(f"{out}.answers").exists()
+
+
 def test_score_wants_every_image(run, prompts, tmp_path):
     score = score_command(run, prompts, tmp_path, tmp_path / "s")
     score += ["--judge", "train"]

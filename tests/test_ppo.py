@@ -121,6 +121,24 @@ def test_to_count_everybody_is_to_count_nobody_out(pool):
     assert counted.equal(ppo.group_advantages(rewards, pool))
 
 
+@pytest.mark.parametrize("pool", ["pair", "group"])
+def test_an_image_without_an_answer_is_left_out_of_its_pool(pool):
+    """A judge that answers neither yes nor no about one image ended the run, and on a deterministic
+    machine ended it again at every --resume. The image now has no say and no advantage."""
+    rewards = torch.rand(2, 2, 4)
+    rewards[0, 0, 1] = math.nan
+    rewards[1] = math.nan                                   # a whole pair
+    got = ppo.group_advantages(rewards, pool)
+    assert got.isfinite().all() and got[0, 0, 1] == 0 and got[1].eq(0).all()
+    kept = rewards[0, :, [0, 2, 3]] if pool == "group" else None
+    if pool == "group":
+        assert got[0, 0, [0, 2, 3]].allclose(ppo.group_advantages(kept[None], pool)[0, 0])
+    else:
+        rest = torch.cat([rewards[0, 0, [0, 2, 3]], rewards[0, 1]])
+        want = (rest - rest.mean()) / (rest.std(correction=0) + ppo.STD_FLOOR)
+        assert torch.cat([got[0, 0, [0, 2, 3]], got[0, 1]]).allclose(want, atol=1e-6)
+
+
 def test_an_unknown_pool_is_an_error():
     with pytest.raises(KeyError):
         ppo.group_advantages(torch.rand(1, 2, 2), "none")

@@ -17,6 +17,7 @@ import torch
 import common
 import data
 import eval_paircomp
+import reward
 import sample
 import train
 from common import UserError, load_weights, save_weights
@@ -242,6 +243,29 @@ def test_a_broken_image_loses_nothing(smoke, tmp_path, monkeypatch):
     train.main([*args, "--out", str(stopped), "--resume"])
     weights = [(f / "pretrain.safetensors").read_bytes() for f in (whole, stopped)]
     assert weights[0] == weights[1]
+
+
+def test_an_image_without_an_answer_ends_no_run(smoke, tmp_path, monkeypatch, capsys):
+    """One image of thousands to which a judge says neither yes nor no ended PPO, and again at every
+    --resume. The rollout goes on without it, and so do the tests, which say what they leave out."""
+    score = reward.NetworkJudge.score
+
+    def forgetful(self, images, prompts, batch=256):
+        scores = score(self, images, prompts, batch)
+        scores[::7] = float("nan")
+        return scores
+    monkeypatch.setattr(reward.NetworkJudge, "score", forgetful)
+    out = copy_of(smoke, tmp_path / "run", *NEEDS["ppo"])
+    train.main(["--stage", "ppo", "--preset", "smoke", "--steps", "2", "--device", "cpu",
+                "--eval-pairs", "2", "--out", str(out)])
+    assert [e["unanswered"] for e in log_of(out, "ppo")] == [5, 5]
+    assert all(np.isfinite(e["reward"]) and np.isfinite(e["kl"]) for e in log_of(out, "ppo"))
+    report = json.loads((out / "paircomp.json").read_text())
+    assert sum(value is None for row in report["ppo"]["pairs"]["heldout"] for value in row) == 7
+    assert 0 < report["ppo"]["heldout"]["average"]["s_g"] < 1
+    assert "heldout judge: no answer to 7 images; of its averages" in capsys.readouterr().out
+    weights = load_weights(out / "ppo.safetensors")[0]
+    assert all(w.isfinite().all() for w in weights.values())
 
 
 def test_microbatches_are_the_minibatch_in_parts(smoke, tmp_path, monkeypatch):
