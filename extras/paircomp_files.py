@@ -162,7 +162,7 @@ def same_settings(folder, model, prompts, guidance, temperature, seed, batch):
     weights = model.norm.weight, model.gen_head[-1].bias                # every training moves them
     settings = {"weights": digest([tensor_bytes(w) for w in weights]),
                 "prompts": digest([json.dumps(prompts).encode()]),
-                "guidance": guidance, "temperature": temperature, "seed": seed}
+                "guidance": guidance, "temperature": temperature, "seed": seed, "batch": batch}
     folder = Path(folder)
     path = folder.with_name(folder.name + ".settings.json")
     if path.is_file():

@@ -431,7 +431,9 @@ def test_images_of_two_policies_do_not_come_into_one_folder(run, prompts, tmp_pa
     mixture, with a score like any other."""
     generate = generate_command(run, prompts, tmp_path / "images")
     ev.main(generate)
-    ev.main([*generate, "--batch", "3"])  # fewer at once: a smaller card may go on
+    # Images follow from --batch too: a folder that went on with another one was mixed silently.
+    with pytest.raises(UserError, match="other batch 64 -> 3; choose another folder"):
+        ev.main([*generate, "--batch", "3"])
     others = write(tmp_path / "others.json", [entry(OFFICIAL[0], "a", "b")])
     refused = [
         (["--policy", "pretrain"], "other weights; choose"),
