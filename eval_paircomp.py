@@ -207,11 +207,13 @@ class BeforeAfter:
         self.picks = [categories.index(category) for category in dict.fromkeys(categories)]
         return images[self.picks, :, 0]
 
-    def after(self, policy, curve):
-        """Print the table, write paircomp.json and samples/before_after.png. curve: the quick
-        tests."""
+    def after(self, policy, steps):
+        """Print the table, write paircomp.json and samples/before_after.png. steps: the run's log,
+        whose quick tests are kept as the curve."""
         if self.pairs is None:
+            print(without_test(steps))
             return
+        curve = [{"step": e["step"], **e["test"]} for e in steps if "test" in e]
         out = Path(self.cfg.out)
         ppo, images = self.run(policy, self.pairs)
         result = {"base": self.base, "ppo": ppo, "curve": curve, "config": asdict(self.cfg)}
@@ -235,6 +237,19 @@ class BeforeAfter:
         scale = max(1, 160 // rows.shape[3])
         flat = rows.reshape(-1, *rows.shape[3:])
         image_grid(flat, labels, 2 * len(shown), scale).save(path)
+
+
+def without_test(steps):
+    """What the log of a run without a test can say of it."""
+    tenth = -(-len(steps) // 10)
+    first, last = steps[:tenth], steps[-tenth:]
+    reward, kl = ([np.mean([e[key] for e in part]) for part in (first, last)]
+                  for key in ("reward", "kl"))
+    worse = reward[1] < reward[0]
+    better = "FELL: this policy is worse than its base" if worse else "did not fall"
+    return (f"not tested: --data without --test has no held-out pairs. Mean of the first and the "
+            f"last {tenth} rollouts: reward {reward[0]:.3f} -> {reward[1]:.3f}, KL {kl[0]:.3f} -> "
+            f"{kl[1]:.3f}. The reward of the training judge {better}")
 
 
 # -- Tables ----------------------------------------------------------------------------------------

@@ -498,7 +498,7 @@ def train_ppo(cfg, loop, algo=ppo):
         if (step + 1) % cfg.eval_every == 0:
             save_samples(cfg, f"ppo_{step + 1:04d}.png", images[G - 1::G][:16], prompts[:16], 8, 5)
 
-    test.after(policy, curve_of(loop))
+    test.after(policy, loop.entries())
     save_policy(cfg.out, "ppo", policy)
     loop.finish()
 
@@ -538,11 +538,6 @@ def draw_pairs(rng, pairs, unpaired, n):
             prompts[p] = unpaired.prompts[rng.integers(len(unpaired))]
             has_images[p] = False
     return chosen, prompts, has_images
-
-
-def curve_of(loop):
-    """The quick tests of a run, out of its log."""
-    return [{"step": e["step"], **e["test"]} for e in loop.entries() if "test" in e]
 
 
 # -- Command line ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 import common
 import data
 import eval_paircomp
+import ppo
 import reward
 import sample
 import train
@@ -195,9 +197,46 @@ def test_own_pairs_go_through_every_stage(tmp_path):
             tmp_path / "run"]
     for stage in ("tokenizer", "pretrain", "reward"):
         run("train.py", "--stage", stage, *args)
-    run("train.py", "--stage", "ppo", "--prompts", prompts, "--advantage", "group", "--reward",
-        "margin", *args)
+    done = run("train.py", "--stage", "ppo", "--prompts", prompts, "--advantage", "group",
+               "--reward", "margin", *args)
     assert (tmp_path / "run" / "ppo.safetensors").exists()
+    # Such a run said nothing about whether PPO helped, and warned of an empty legend.
+    assert "not tested: --data without --test has no held-out pairs" in done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_a_run_without_a_test_says_when_its_reward_fell():
+    steps = [{"reward": 0.4 - 0.01 * i, "kl": 0.1 * i} for i in range(20)]
+    says = eval_paircomp.without_test(steps)
+    assert "first and the last 2 rollouts: reward 0.395 -> 0.215, KL 0.050 -> 1.850" in says
+    assert "FELL: this policy is worse than its base" in says
+    assert "did not fall" in eval_paircomp.without_test(steps[::-1])
+
+
+def test_an_unpaired_prompt_is_paid_for_itself_alone(smoke, tmp_path, monkeypatch):
+    """Under --reward margin an unpaired prompt, which is its own twin, would always have reward 0.
+    With the choice between the twins it was paid for a choice that does not exist. A reward that
+    asks for the twin's score gets it: there is no list of names in the loop to be forgotten."""
+    (tmp_path / "prompts.txt").write_text("one red circle\n")
+    seen = []
+
+    def choice(own, twin):                              # a fork's reward, unknown to the loop
+        seen.append((own, twin))
+        return own / (own + twin)
+    fork = SimpleNamespace(**vars(ppo) | {"REWARDS": {"own": choice}})
+    rewards = []
+    fork.token_advantages = lambda r, *args: rewards.append(r) or ppo.token_advantages(r, *args)
+    monkeypatch.setattr(train, "PROMPTS_SHARE", 0.5)
+    out = copy_of(smoke, tmp_path / "run", *NEEDS["ppo"])
+    cfg = train.PPO(**PRESETS["smoke"]["ppo"] | dict(
+        out=str(out), steps=1, prompts=str(tmp_path / "prompts.txt"), device="cpu", eval_pairs=1))
+    with common.Loop("ppo", cfg, resume=False) as loop:
+        train.train_ppo(cfg, loop, fork)
+    (own, twin), got = seen[0], rewards[0]
+    same = (own == twin).all(-1).all(-1)                # (P,): its own twin
+    assert 0 < same.sum() < len(same)
+    assert got[same].equal(own[same])
+    assert got[~same].allclose((own / (own + twin))[~same])
 
 
 def test_unpaired_prompts_are_pairs_with_themselves(tmp_path):
@@ -270,7 +309,8 @@ def test_an_image_without_an_answer_ends_no_run(smoke, tmp_path, monkeypatch, ca
 
 def test_microbatches_are_the_minibatch_in_parts(smoke, tmp_path, monkeypatch):
     """--microbatch N: no backward sees more than N sequences, and the weights end where those of
-    the whole minibatch end, up to rounding."""
+    the whole minibatch end, up to rounding. With ground truth there was a backward over all
+    sampled rows at once, to log its norm, whatever --accumulate said."""
     sizes = {}
     score = train.score
     for microbatch in (0, 3):
