@@ -34,8 +34,8 @@ from einops import rearrange, repeat
 
 import ppo
 import train
-from common import (Loop, UserError, first_few, load_module, make_folder, pick_device, read_json,
-                    write_atomically)
+from common import (Loop, UserError, first_few, load_module, make_folder, only_process, pick_device,
+                    read_json, write_atomically)
 from eval_paircomp import benchmark_pairs, category_means, text_table
 from extras.judges import name_judges
 from extras.plots import draw_comparison
@@ -299,7 +299,7 @@ def run_arm(run, base, preset, results, flags):
     if (out / "ppo.state").exists() or not (out / "ppo.safetensors").exists():
         print(f"{run}: {cfg}")
         train.begin_folder(cfg, "ppo", preset)
-        with Loop("ppo", cfg, resume=True) as loop:
+        with only_process(out), Loop("ppo", cfg, resume=True) as loop:
             train.train_ppo(cfg, loop, make_objective(cfg))
     result = read_json(out / "paircomp.json", "result of a PPO run")
     if result["config"] != asdict(cfg):
