@@ -44,12 +44,12 @@ def parts_of_a_rollout(device):
     pre = Pretrain()
     size = Tokenizer()
     torch.manual_seed(0)
-    vq = VQModel(VQConfig(ch=size.ch, codebook_size=size.codebook_size,
-                          codebook_dim=size.codebook_dim)).to(device).eval()
-    model = ImageModel(ModelConfig(
-        image_vocab=size.codebook_size, n_text=pre.n_text, n_image=vq.cfg.grid ** 2,
-        n_layer=pre.n_layer, n_head=pre.n_head, n_embd=pre.n_embd, n_ffn=pre.n_ffn,
-        code_dim=size.codebook_dim)).to(device)
+    codes = dict(codebook_size=size.codebook_size, codebook_dim=size.codebook_dim)
+    vq = VQModel(VQConfig(ch=size.ch, **codes)).to(device).eval()
+    shape = dict(n_layer=pre.n_layer, n_head=pre.n_head, n_embd=pre.n_embd, n_ffn=pre.n_ffn)
+    tokens_of = dict(n_text=pre.n_text, n_image=vq.cfg.grid ** 2)
+    codes_of = dict(image_vocab=size.codebook_size, code_dim=size.codebook_dim)
+    model = ImageModel(ModelConfig(**shape, **tokens_of, **codes_of)).to(device)
     judge = NetworkJudge(Judge(JudgeConfig(width=Reward().width)), device)
 
     pairs = pairworld(cfg.pairs, "train", 0)
@@ -90,9 +90,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     parts, n, model = parts_of_a_rollout(device)
-    report = {"device": str(device), "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "images": n,
-              "parameters": sum(p.numel() for p in model.parameters())}
+    report = {
+        "device": str(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "images": n,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     print(f"{device}, torch {torch.__version__}, {report['threads']} threads; {n} images of "
           f"{model.cfg.n_image} tokens, model of {report['parameters']:,} parameters")
     for name, function in parts.items():

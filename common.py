@@ -366,8 +366,8 @@ class Loop:
             if open_one is not None:
                 open_one.close()
         if isinstance(error, torch.OutOfMemoryError):
-            error = UserError("out of memory; go on with a smaller --microbatch, which changes no "
-                              f"result but rounding ({str(error).splitlines()[0]})")
+            error = UserError("out of memory; go on with a smaller --microbatch "
+                              f"({str(error).splitlines()[0]})")
         if not isinstance(error, UserError) or isinstance(error, Stopped):
             return
         if self.step is None:

@@ -132,8 +132,9 @@ def ppo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip, beta, repla
     kl = k3(ref_logprobs, logprobs)
     loss = pg_loss + beta * kl.mean()
     with torch.no_grad():
-        stats = {"pg_loss": pg_loss, "kl": kl.mean(), "approx_kl": (ratio - 1 - logratio).mean(),
-                 "ratio_max": ratio.max(), "clipfrac": ((ratio - 1).abs() > clip).float().mean()}
+        stats = {"kl": kl.mean(), "clipfrac": ((ratio - 1).abs() > clip).float().mean(),
+                 "approx_kl": (ratio - 1 - logratio).mean(), "ratio_max": ratio.max(),
+                 "pg_loss": pg_loss}
         if replaced.any():
             stats["kl_truth"] = kl[replaced].mean()
     return loss, {name: value.detach() for name, value in stats.items()}

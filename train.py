@@ -31,18 +31,18 @@ from einops import rearrange
 from tqdm import tqdm
 
 import ppo
-from common import (Loop, UserError, adamw, copy_file, load_module, make_folder, muon_and_adamw,
-                    only_process, pick_device, read_json, save_weights, step_random, uses_bf16,
-                    write_json)
+from common import Loop, UserError, adamw, copy_file, load_module, make_folder, muon_and_adamw
+from common import only_process, pick_device, read_json, save_weights, step_random, uses_bf16
+from common import write_json
 from data import PairSet, image_grid, read_pairs, read_prompts
 from eval_paircomp import BeforeAfter, benchmark_pairs, generate_images
-from model import (ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score,
-                   usual_guidance)
+from model import ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score
+from model import usual_guidance
 from pairworld import ATTRIBUTES, LONG, SHORT, TextTokens, pairworld, read_scene
-from reward import (Judge, JudgeConfig, NetworkJudge, OracleJudge, judge_loss, judge_report,
-                    load_judges, save_judges, submit)
-from tokenizer import (VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels,
-                       kmeans_codes, update_codebook, vq_loss)
+from reward import Judge, JudgeConfig, NetworkJudge, OracleJudge, judge_loss, judge_report
+from reward import load_judges, save_judges, submit
+from tokenizer import VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels
+from tokenizer import kmeans_codes, update_codebook, vq_loss
 
 PROMPTS_SHARE = 0.25        # share of a rollout's pairs that are unpaired prompts, with --prompts
 
@@ -161,6 +161,7 @@ class PPO(Common):
 STAGES = {"tokenizer": Tokenizer, "pretrain": Pretrain, "reward": Reward, "ppo": PPO}
 NEEDS = {"tokenizer": [], "pretrain": ["tokenizer"], "reward": ["tokenizer"],
          "ppo": ["tokenizer", "pretrain", "reward"]}
+SMALL = ("tiny", "smoke")               # presets whose stages can be trained from nothing
 MINUTES = {"tokenizer": 1, "pretrain": 2, "reward": 2.5, "ppo": 6}      # tiny, two CPU cores
 PRESETS = {
     "tiny": {stage: {} for stage in STAGES},
@@ -485,7 +486,7 @@ def train_ppo(cfg, loop, algo=ppo):
                     loss, mb_stats = algo.ppo_loss(logprobs, old_logprobs[mb], ref_logprobs[mb],
                                                    advantages[mb], cfg.clip, cfg.beta, replaced[mb])
                     (loss * (len(mb) / len(rows))).backward()
-                    stats.append(mb_stats | {"entropy": entropy.mean()})
+                    stats.append({"entropy": entropy.mean()} | mb_stats)
                 stats[-1]["grad_norm"] = loop.optimizer_step(step)
 
         # 6. Log
@@ -665,15 +666,18 @@ def missing_stages(stage, cfg, preset):
     if getattr(cfg, "init", ""):
         needed = []                     # the tokenizer comes with the base model
     missing = [s for s in needed if not (Path(cfg.out) / f"{s}.safetensors").exists()]
-    if preset == "janus" and not cfg.data:
-        raise UserError("--preset janus: wants --data pairs.json, pairs in FocusDiff-Data's layout "
-                        "(python pairworld.py --write DIR makes small ones)")
-    if preset == "janus" and missing == ["reward"]:
+    if preset in SMALL:
+        return missing
+    # The folder of a real checkpoint: PairWorld has nothing for it.
+    if "tokenizer" in missing or "pretrain" in missing:
+        raise UserError(f"--preset {preset}: {cfg.out} holds no checkpoint; docs/janus.md says how "
+                        "it becomes a run folder")
+    if not cfg.data:
+        raise UserError(f"--preset {preset}: wants --data pairs.json, pairs in FocusDiff-Data's "
+                        "layout (python pairworld.py --write DIR makes small ones)")
+    if missing:
         raise UserError("say who judges: --judge URL or transformers:DIR (PairWorld's small judges "
                         "can be trained first, by --stage reward)")
-    if preset == "janus" and "tokenizer" in missing:
-        raise UserError(f"--preset janus: {cfg.out} holds no checkpoint; make it with python -m "
-                        "extras.janus --import DIR --out RUN")
     return missing
 
 

@@ -21,11 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import eval_paircomp
-from common import (UserError, first_few, make_folder, pick_device, read_json, tensor_bytes,
-                    write_atomically, write_json)
+from common import UserError, first_few, make_folder, pick_device, read_json, tensor_bytes
+from common import write_atomically, write_json
 from data import PairSet, load_image
-from eval_paircomp import (IMAGES_PER_PROMPT, benchmark, benchmark_pairs, image_chunks, percents,
-                           report_lines, summarize, text_table)
+from eval_paircomp import IMAGES_PER_PROMPT, benchmark, benchmark_pairs, image_chunks, percents
+from eval_paircomp import report_lines, summarize, text_table
 from extras.judges import check_spec, is_elsewhere, open_judges
 from extras.leaderboard import format_leaderboard
 from model import load_policy
