@@ -305,7 +305,8 @@ def decode(model, h, mask, caches, t, guidance, temperature, generator):
         logp = policy_logits(cond, uncond, guidance, temperature).log_softmax(-1)
         # argmax(p / Exp(1)) draws from p. torch.multinomial would wait for the device.
         noise = torch.empty_like(logp).exponential_(generator=generator)
-        noise.clamp_(min=3e-8)      # MPS draws exact zeros (pytorch#192577), and -log 0 always wins
+        # MPS draws exact zeros, 3.3e-8 an element (pytorch#192577), and -log 0 would always win.
+        noise.masked_fill_(noise == 0, 3e-8)
         token = (logp - noise.log()).argmax(-1)
         tokens.append(token)
         logprobs.append(logp.gather(-1, token[:, None])[:, 0])
