@@ -114,6 +114,8 @@ def only_process(folder):
         except BlockingIOError:
             raise UserError(f"{folder}: another process trains there; wait for it, or give another "
                             "--out") from None
+        except OSError as e:            # a file system without locks
+            print(f"{folder}: cannot be locked ({e.strerror}); see that no other process uses it")
         yield
 
 
@@ -135,8 +137,8 @@ def save_weights(path, tensors, **metadata):
 def read_tensor(path, name):
     """One tensor of a safetensors file, in memory of its own.
 
-    The file is opened for it alone: what was read through a mapping counts as memory of the process
-    until the mapping is gone, and a file that is read whole would count twice."""
+    The file is opened for it alone: what is read through a mapping counts as memory until the
+    mapping closes, and one mapping for the whole file would hold it twice."""
     with safe_open(path, "pt", device="cpu") as f:
         return f.get_tensor(name).clone()
 
@@ -249,7 +251,7 @@ def judge_models(specs):
 class Loop:
     """The steps of a stage, with bar, log and resume.
 
-        with Loop("ppo", cfg, resume) as loop:          # train.main; a failure below ends here
+        with Loop("ppo", cfg, resume) as loop:          # train_stages; a failure ends here
             loop.start({"model": policy}, [optimizer])  # the stage; loads the state of --resume
             for step in loop:
                 ...                                     # loss.backward()
@@ -270,6 +272,7 @@ class Loop:
         self.saved = 0                  # the last one that a state is saved of
         self.step = None                # the one under way
         self.changed = False            # the weights have moved in this step
+        self.diverged = False           # its gradient is not finite
         self.seconds = 0.0              # spent before this process
         self.interrupted = False
         self.resumed = self.path.exists()
@@ -370,11 +373,13 @@ class Loop:
                               f"({str(error).splitlines()[0]})")
         if not isinstance(error, UserError) or isinstance(error, Stopped):
             return
-        if self.step is None:
-            if self.saved == self.cfg.steps:            # trained, but not tested or saved yet
+        if self.step is None:           # before the first step, or after the last
+            if self.path.exists():
                 raise UserError(f"{self.stage}: {error}. {self.path} is intact: mend it, then the "
                                 "same command with --resume") from error
-            raise error                                 # before the first step: nothing is lost
+            raise error
+        if self.diverged:               # --resume would come to the same step again
+            raise UserError(f"{self.stage}, step {self.step}: {error}") from error
         if not self.changed:
             self.save(self.step)
         intact = (f"{self.path} of step {self.saved} is intact: mend it, then the same command "
@@ -395,11 +400,10 @@ class Loop:
                 self.save(step + 1)
                 took = time.time() - began
                 next_save = time.time() + max(SAVE_SECONDS, took / SAVE_SHARE)
-            self.step = None
             if self.interrupted:
                 raise Stopped(f"stopped after step {step + 1} of {self.stage}; nothing is lost, go "
                               "on with the same command and --resume")
-        self.interrupted = False
+        self.step = None
 
     def optimizer_step(self, step):
         """Clip the gradients, step, and forget them -> their norm before clipping. UserError if it
@@ -411,9 +415,11 @@ class Loop:
         norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), GRAD_CLIP)
                  for module in self.modules.values()]
         norm = torch.stack(norms).max()
-        self.changed = True             # or is not to be saved
-        if not math.isfinite(norm.item()):
-            raise UserError(f"the gradient's norm is {norm.item()}; try a smaller --lr")
+        self.diverged = not math.isfinite(norm.item())
+        if self.diverged:
+            raise UserError(f"the gradient's norm is {norm.item()}; start again with a smaller --lr"
+                            f" (without {self.path}, where there is one)")
+        self.changed = True
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)       # memory for the next rollout
@@ -439,8 +445,8 @@ class Loop:
 
     def finish(self):
         """The stage's weights are on disk: its state is needed no more."""
-        self.path.unlink(missing_ok=True)
         self.path.with_suffix(".before").unlink(missing_ok=True)        # of BeforeAfter
+        self.path.unlink(missing_ok=True)
 
 
 # -- Optimizers ------------------------------------------------------------------------------------

@@ -243,10 +243,10 @@ def without_test(steps):
     """What the log of a run without a test can say of it."""
     tenth = -(-len(steps) // 10)
     first, last = steps[:tenth], steps[-tenth:]
-    reward, kl = ([np.mean([e[key] for e in part]) for part in (first, last)]
+    reward, kl = ([np.nanmean([e[key] for e in part]) for part in (first, last)]
                   for key in ("reward", "kl"))
-    worse = reward[1] < reward[0]
-    better = "FELL: this policy is worse than its base" if worse else "did not fall"
+    worse = not reward[1] >= reward[0]
+    better = "FELL: this policy may be worse than its base" if worse else "did not fall"
     return (f"not tested: --data without --test has no held-out pairs. Mean of the first and the "
             f"last {tenth} rollouts: reward {reward[0]:.3f} -> {reward[1]:.3f}, KL {kl[0]:.3f} -> "
             f"{kl[1]:.3f}. The reward of the training judge {better}")

@@ -26,7 +26,8 @@ from tokenizer import decode_ids
 def add_policy_flags(parser):
     """The flags of everything that draws images of a run's policy."""
     parser.add_argument("--run", metavar="DIR", required=True, help="run folder of train.py")
-    parser.add_argument("--policy", choices=["ppo", "pretrain"], default="ppo", help="(ppo)")
+    parser.add_argument("--policy", choices=["ppo", "pretrain"], default="ppo",
+                        help="whose images (ppo)")
     parser.add_argument("--guidance", type=float,
                         help="w of classifier-free guidance (as in the run's PPO)")
     parser.add_argument("--temperature", type=float, help="tau (as in the run's PPO)")

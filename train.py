@@ -88,8 +88,8 @@ class Tokenizer(Common):
 @dataclass
 class Pretrain(Common):
     init: str = flag("", "run folder whose base model is fine-tuned; empty starts from nothing")
-    extra: float = flag(0.45, "chance that a PairWorld caption names a part it need not; below a "
-                              "judge's 0.6, so that details are learned less well")
+    extra: float = flag(0.45, "chance that a PairWorld caption names an optional part. Judges "
+                              "learn with 0.6: the base model is to know details less well")
     steps: int = flag(650, "optimizer steps", least=1)
     batch: int = flag(32, "images a step", least=1)
     microbatch: int = flag(0, "images a backward, to fit the memory; 0 is the whole batch. Layers "
@@ -145,8 +145,8 @@ class PPO(Common):
                              "paper; above 0 is ours", least=0)
     reward: str = flag("own", "own: S(I,T); margin: S(I,T) - S(I,T'); see ppo.REWARDS", "paper",
                        choices=tuple(ppo.REWARDS))
-    ground_truth: list = flag((0, 0, 0), "rollouts until which two samples are replaced by ground "
-                              "truth with probability 1, 0.25 and 0; 0 0 0 is off",
+    ground_truth: list = flag((0, 0, 0), "two samples are replaced by ground truth: always until "
+                              "rollout FULL, 1 in 4 at LOW, never from ZERO on; 0 0 0 is off",
                               "ours; official 50 450 1200")
     judge: list = flag((), "who gives the rewards instead of the run's training judge: "
                        "http://HOST:PORT/v1[#MODEL] or transformers:DIR; twice: the mean",
@@ -223,10 +223,15 @@ def show(report):
 
 
 def average(stats):
-    """Dicts of scalar tensors -> {name: mean over the dicts that have it}."""
-    names = {name: None for values in stats for name in values}
-    return {name: torch.stack([values[name] for values in stats if name in values]).mean()
-            for name in names}
+    """Dicts of scalar tensors, each with its number of "rows" -> {name: mean over the rows of the
+    dicts that have it}."""
+    means = {}
+    for name in {name: None for values in stats for name in values if name != "rows"}:
+        having = [values for values in stats if name in values]
+        share = torch.tensor([values["rows"] for values in having])
+        values = torch.stack([values[name].cpu() for values in having])
+        means[name] = (values * (share / share.sum())).sum()
+    return means
 
 
 # -- Stage 1 ---------------------------------------------------------------------------------------
@@ -295,7 +300,7 @@ def report_tokenizer(cfg, vq, pairs, device, loop):
 # -- Stage 2 ---------------------------------------------------------------------------------------
 def train_pretrain(cfg, loop):
     """The loss is the mean of -log pi(o_t | o_<t, T): what any language model minimizes, on the
-    tokens of the images. Some prompts are replaced by the empty one, so that guidance has it."""
+    tokens of the images. Some prompts are replaced by the empty one, which guidance needs."""
     device = pick_device(cfg.device)
     vq, model = new_model(cfg, device)
     model.recompute = cfg.microbatch > 0
@@ -321,7 +326,7 @@ def train_pretrain(cfg, loop):
             logprobs, entropy = score(model, prompt_ids[mb], tokens[mb])                # (b, N)
             loss = -logprobs.mean()
             (loss * (len(mb) / cfg.batch)).backward()
-            stats.append({"loss": loss.detach(), "entropy": entropy.mean()})
+            stats.append({"loss": loss.detach(), "entropy": entropy.mean(), "rows": len(mb)})
         grad_norm = loop.optimizer_step(step)
         loop.log(step, **average(stats), grad_norm=grad_norm)
 
@@ -486,7 +491,7 @@ def train_ppo(cfg, loop, algo=ppo):
                     loss, mb_stats = algo.ppo_loss(logprobs, old_logprobs[mb], ref_logprobs[mb],
                                                    advantages[mb], cfg.clip, cfg.beta, replaced[mb])
                     (loss * (len(mb) / len(rows))).backward()
-                    stats.append({"entropy": entropy.mean()} | mb_stats)
+                    stats.append({"entropy": entropy.mean(), "rows": len(mb)} | mb_stats)
                 stats[-1]["grad_norm"] = loop.optimizer_step(step)
 
         # 6. Log
@@ -559,9 +564,9 @@ def parse(argv):
     preset = known.preset or folder_preset(known.out) or folder_preset(known.init) or "tiny"
     help_asked = "-h" in rest or "--help" in rest
     if known.stage is None and not help_asked:
-        if rest:
-            refuse_moved(rest[0])
-            raise UserError(f"{rest[0]}: say which stage it is for: --stage {'|'.join(STAGES)}")
+        if len(argv) > 0 and argv != ["--resume"]:
+            refuse_moved(argv[0].split("=")[0])
+            raise UserError(f"{argv[0]}: say which stage it is for: --stage {'|'.join(STAGES)}")
         return None, False, None, preset
     stage = known.stage or "ppo"
     parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
@@ -584,7 +589,10 @@ def parse(argv):
 def folder_preset(run):
     """The preset with which a run folder was begun, or None. A checkpoint's folder has its own."""
     path = Path(run) / "config.json"
-    return read_json(path, "config of the run").get("preset") if path.is_file() else None
+    if not run or not path.is_file():
+        return None
+    preset = read_json(path, "config of the run").get("preset")
+    return preset if preset in PRESETS else None
 
 
 def add_flag(parser, f, value):
@@ -593,7 +601,7 @@ def add_flag(parser, f, value):
         kind = {"type": int, "nargs": 3, "metavar": ("FULL", "LOW", "ZERO")}
     elif isinstance(value, list):
         kind = {"action": "append", "metavar": "JUDGE"}
-    shown = str(value or "none").replace("%", "%%")
+    shown = "none" if value in ("", []) else str(value)
     text = f"{f.metadata['help']} ({shown}; {f.metadata['origin']})"
     parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, default=value, help=text,
                         **kind)
@@ -651,7 +659,7 @@ def check_ppo(cfg, bad):
             check_spec(spec)
     if cfg.heldout_judge and cfg.data and not cfg.test:
         raise UserError("--heldout-judge: has nothing to test on with --data; give --test "
-                        "PairComp.json too, or score images after training")
+                        "PairComp.json too, or use `eval_paircomp.py score` after training")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -705,8 +713,8 @@ def peak_memory():
 
 def train_stages(stage, cfg, preset, resume):
     """What is missing, then the stage."""
-    begin_folder(cfg, stage, preset)
     missing = missing_stages(stage, cfg, preset)
+    begin_folder(cfg, stage, preset)
     if missing:
         minutes = sum(MINUTES[s] for s in [*missing, stage])
         time_needed = f" About {minutes:g} minutes in all on two CPU cores." * (preset == "tiny")

@@ -38,7 +38,7 @@ from common import (Loop, UserError, first_few, load_module, make_folder, only_p
                     read_json, write_atomically)
 from eval_paircomp import benchmark_pairs, category_means, text_table
 from extras.judges import name_judges
-from extras.plots import draw_comparison
+from extras.plots import load_pyplot, save_figure
 from model import load_policy, prompt_divergence, run_settings
 from pairworld import GRID, IMAGE_SIZE, different_attributes, difference_mask, read_cells
 from tokenizer import VQConfig, VQModel, decode_ids, encode_images
@@ -527,7 +527,8 @@ def draw_again(n_seeds, categories, resamples, seed):
 
 def compare(arm, baseline):
     """Two {seed: result} -> ({metric: (arm's mean, baseline's mean, difference, low, high)} of the
-    metrics that all these runs have, the seeds that both have)."""
+    metrics that all these runs have, the seeds that both have). A pair of which a judge had no
+    answer in one of the runs does not count."""
     seeds = sorted(arm.keys() & baseline.keys())
     if not seeds:
         raise UserError(f"no seed in common: {sorted(arm)} and {sorted(baseline)}; runs are paired "
@@ -545,9 +546,12 @@ def compare(arm, baseline):
             continue
         a = np.stack([metrics[metric] for metrics in arm_metrics])              # (S, P)
         b = np.stack([metrics[metric] for metrics in baseline_metrics])
-        mean_a, *_ = bootstrap(a, categories, 1)
-        mean_b, *_ = bootstrap(b, categories, 1)
-        table[metric] = mean_a, mean_b, *bootstrap(a - b, categories)
+        known = np.isfinite(a - b).all(0)       # a judge had an answer about them in every run
+        a, b = a[:, known], b[:, known]
+        those = [category for category, ok in zip(categories, known) if ok]
+        mean_a, *_ = bootstrap(a, those, 1)
+        mean_b, *_ = bootstrap(b, those, 1)
+        table[metric] = mean_a, mean_b, *bootstrap(a - b, those)
     return table, seeds
 
 
@@ -644,6 +648,49 @@ def run_compare(paths, baseline_paths, out):
 
 # --------------------------------------------------------------------------------------------------
 # Command line
+
+def draw_comparison(arms, path):
+    """{arm: {seed: result}} of `read_arms` -> an image: learning curves with a band from the
+    worst seed to the best, and bars of the categories, by the held-out judge, or by the training
+    judge if a run has no other. UserError without matplotlib."""
+    try:
+        plt = load_pyplot()
+    except ImportError:
+        raise UserError(f"--out {path}: wants matplotlib; pip install matplotlib") from None
+    figure, (curves, bars) = plt.subplots(1, 2, figsize=(15, 5.5), width_ratios=(1, 1.4))
+    all_have = all("heldout" in r["ppo"] for runs in arms.values() for r in runs.values())
+    judge, judge_name = ("heldout", "held-out") if all_have else ("train", "training")
+    colors = plt.get_cmap("tab20").colors
+    width = 0.8 / len(arms)
+    for n, (name, runs) in enumerate(arms.items()):
+        results = list(runs.values())
+        color = colors[n % len(colors)]
+        tests = min(len(r["curve"]) for r in results)                           # that all runs had
+        steps = [e["step"] for e in results[0]["curve"][:tests]]
+        s_g = [[100 * e[judge]["s_g"] for e in r["curve"][:tests]] for r in results]
+        mean, low, high = mean_and_range(s_g)                                   # (tests,) each
+        curves.plot(steps, mean, color=color, label=f"{name} ({len(results)} seeds)")
+        curves.fill_between(steps, low, high, color=color, alpha=0.12)
+
+        categories = list(results[0]["ppo"][judge])
+        s_g = [[100 * r["ppo"][judge][c]["s_g"] for c in categories] for r in results]
+        mean, low, high = mean_and_range(s_g)                                   # (categories,) each
+        x = np.arange(len(categories)) + (n - (len(arms) - 1) / 2) * width
+        bars.bar(x, mean, width, color=color, label=name, yerr=[mean - low, high - mean],
+                 error_kw={"linewidth": 0.6})
+    curves.set(xlabel="rollouts",
+               title=f"{judge_name} judge, s_g of the quick tests (band: worst to best seed)")
+    curves.legend(fontsize=8)
+    bars.set_xticks(np.arange(len(categories)), categories)
+    bars.set_title(f"{judge_name} judge, s_g at the end")
+    save_figure(plt, figure, (curves, bars), path)
+
+
+def mean_and_range(values):
+    """values (S, n), a row a seed -> mean, lowest and highest over the seeds, (n,) each."""
+    values = np.array(values)
+    return values.mean(0), values.min(0), values.max(0)
+
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv

@@ -94,7 +94,6 @@ class Panel:
         self.judges = judges
         self.names = [judge.name for judge in judges]
         self.who = [judge.who for judge in judges]
-        self.remote = any(isinstance(judge, ServerJudge) for judge in judges)
         self.known = [{} for _ in judges]  # {digest: R} of each judge
         self.path = None
         self.lock = threading.Lock()
@@ -195,8 +194,14 @@ def name_judges(cfg):
     """Settings of PPO -> the same, with every server's model in the judges' names. A judge that is
     not there is an error before anything is trained."""
     def named(spec):
+        folder = Path(spec.removeprefix("transformers:"))
         try:
-            return spec if spec.startswith("transformers:") else open_judges([spec]).names[0]
+            if not spec.startswith("transformers:"):
+                return open_judges([spec]).names[0]
+            if not (folder / "config.json").is_file():  # it is opened when it is needed
+                raise UserError(f"--judge {spec}: has no config.json; should be a local folder of "
+                                "a vision-language model")
+            return spec
         except UserError as e:
             state = Path(cfg.out) / "ppo.state"
             intact = f". {state} is intact: mend it, then the same command with --resume"

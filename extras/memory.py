@@ -25,7 +25,7 @@ from eval_paircomp import IMAGES_PER_PROMPT
 from model import ImageModel, ModelConfig, generate, score
 from ppo import ppo_loss
 from tokenizer import VQConfig, VQModel, vq_batch_size
-from train import PPO, PRESETS, Pretrain
+from train import PPO, PRESETS
 
 # deepseek-ai/Janus-Pro-*, config.json: language_config
 GEOMETRY = dict(text_vocab=102400, image_vocab=16384, n_text=16384, n_image=576, code_dim=8)

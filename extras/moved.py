@@ -2,6 +2,7 @@
 ARM = "an arm of python -m extras.ablation"
 TRUTH = "--ground-truth FULL LOW ZERO"
 CONSTANT = "a constant of its class in train.py"
+NOTHING = "nothing today; commit 95ba9cb has it"
 MOVED = {
     "--janus": "python -m extras.janus --import DIR --out RUN, then train.py --out RUN",
     "--curves": "python -m extras.plots RUN",
@@ -9,7 +10,13 @@ MOVED = {
     "--accumulate": "--microbatch",
     "--rollout-pairs": "--microbatch",
     "--recompute": "--microbatch, which brings it",
-    "--compile": "nothing: it fell back to eager after one rollout",
+    "--compile": NOTHING,
+    "--extra": "LONG and SHORT of pairworld.py",
+    "--warmup": CONSTANT,
+    "--no-compile": NOTHING,
+    "--no-recompute": "--microbatch 0",
+    "--truth-kl": NOTHING,
+    "--truth-counted": ARM,
     "--save-every": "SAVE_SECONDS of common.py",
     "--grad-clip": "GRAD_CLIP of common.py",
     "--prompts-share": "PROMPTS_SHARE of train.py",
@@ -28,15 +35,15 @@ MOVED = {
     "--commitment": CONSTANT,
     "--rate": CONSTANT,
     "--choice": ARM,
-    "--mine": ARM,
+    "--mine": NOTHING,
     "--difference-spread": ARM,
     "--difference-on": ARM,
     "--difference-from": ARM,
     "--truth-start": ARM,
     "--truth-twin": ARM,
     "--no-truth-twin": ARM,
-    "--truth-floor": ARM,
+    "--truth-floor": NOTHING,
     "--truth-shape": ARM,
-    "--no-truth-kl": ARM,
+    "--no-truth-kl": NOTHING,
     "--no-truth-counted": ARM,
 }

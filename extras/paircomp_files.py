@@ -26,7 +26,7 @@ from common import write_atomically, write_json
 from data import PairSet, load_image
 from eval_paircomp import IMAGES_PER_PROMPT, benchmark, benchmark_pairs, image_chunks, percents
 from eval_paircomp import report_lines, summarize, text_table
-from extras.judges import check_spec, is_elsewhere, open_judges
+from extras.judges import JudgeError, check_spec, is_elsewhere, open_judges
 from extras.leaderboard import format_leaderboard
 from model import load_policy
 from pairworld import IMAGE_SIZE
@@ -311,7 +311,7 @@ def run_score(args):
         images = np.stack(images) if size else images
         try:
             answers = judge.score(images, [pairs[p][i] for p, i, _ in chunk])
-        except UserError as e:
+        except JudgeError as e:
             raise UserError(f"{e}; what was answered is kept in {kept}, the same command goes on "
                             "from there") from e
         for (p, i, k), score in zip(chunk, answers.tolist()):
@@ -343,6 +343,8 @@ def run_summarize(args):
 def as_command(argv):
     """The switches --generate, --score and --summarize SCORES are accepted too, and --run alone is
     the benchmark."""
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--summarize=")
+                                               else [word])]
     words = [word.split("=")[0] for word in argv]
     for word, instead in (("--compare", "python -m extras.ablation --compare"),
                           ("--janus", "python -m extras.janus --import DIR --out RUN, then --run")):
@@ -353,7 +355,12 @@ def as_command(argv):
         raise UserError(f"{' and '.join(switches)}: choose one")
     if switches:
         return [switches[0][2:]] + [word for word in argv if word != switches[0]]
-    return ["benchmark", *argv] if "--run" in words and words[0].startswith("--") else argv
+    if "--run" in words and words[0].startswith("--"):
+        return ["benchmark", *argv]
+    if not argv:
+        raise UserError("choose generate, score, summarize, or --run DIR alone for the benchmark; "
+                        "--help says more")
+    return argv
 
 
 def parse(argv):

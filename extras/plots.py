@@ -1,4 +1,4 @@
-"""Curves of a run and of an ablation's arms, drawn with matplotlib.
+"""Curves of a run, drawn with matplotlib.
 
     python -m extras.plots runs/tiny               # draw RUN/curves.png again from RUN/log.jsonl
 
@@ -7,8 +7,6 @@ train.py draws curves.png at the end of the ppo stage if matplotlib is installed
 import json
 import sys
 from pathlib import Path
-
-import numpy as np
 
 from common import UserError
 
@@ -78,49 +76,6 @@ def draw_tests(ax, entries):
     if ax.lines:
         ax.legend()
     ax.set_title("ppo: s_g on held-out pairs" + ("" if tests else ": not tested"), fontsize=10)
-
-
-def draw_comparison(arms, path):
-    """{arm: {seed: result}} of ablation.read_arms -> an image: learning curves with a band from the
-    worst seed to the best, and bars of the categories, by the held-out judge, or by the training
-    judge if a run has no other. UserError without matplotlib."""
-    try:
-        plt = load_pyplot()
-    except ImportError:
-        raise UserError(f"--out {path}: wants matplotlib; pip install matplotlib") from None
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(15, 5.5), width_ratios=(1, 1.4))
-    all_have = all("heldout" in r["ppo"] for runs in arms.values() for r in runs.values())
-    judge, judge_name = ("heldout", "held-out") if all_have else ("train", "training")
-    colors = plt.get_cmap("tab20").colors
-    width = 0.8 / len(arms)
-    for n, (name, runs) in enumerate(arms.items()):
-        results = list(runs.values())
-        color = colors[n % len(colors)]
-        tests = min(len(r["curve"]) for r in results)                           # that all runs had
-        steps = [e["step"] for e in results[0]["curve"][:tests]]
-        s_g = [[100 * e[judge]["s_g"] for e in r["curve"][:tests]] for r in results]
-        mean, low, high = mean_and_range(s_g)                                   # (tests,) each
-        curves.plot(steps, mean, color=color, label=f"{name} ({len(results)} seeds)")
-        curves.fill_between(steps, low, high, color=color, alpha=0.12)
-
-        categories = list(results[0]["ppo"][judge])
-        s_g = [[100 * r["ppo"][judge][c]["s_g"] for c in categories] for r in results]
-        mean, low, high = mean_and_range(s_g)                                   # (categories,) each
-        x = np.arange(len(categories)) + (n - (len(arms) - 1) / 2) * width
-        bars.bar(x, mean, width, color=color, label=name, yerr=[mean - low, high - mean],
-                 error_kw={"linewidth": 0.6})
-    curves.set(xlabel="rollouts",
-               title=f"{judge_name} judge, s_g of the quick tests (band: worst to best seed)")
-    curves.legend(fontsize=8)
-    bars.set_xticks(np.arange(len(categories)), categories)
-    bars.set_title(f"{judge_name} judge, s_g at the end")
-    save_figure(plt, figure, (curves, bars), path)
-
-
-def mean_and_range(values):
-    """values (S, n), a row a seed -> mean, lowest and highest over the seeds, (n,) each."""
-    values = np.array(values)
-    return values.mean(0), values.min(0), values.max(0)
 
 
 def main(argv=None):

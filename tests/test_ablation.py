@@ -802,6 +802,16 @@ def test_runs_are_paired_by_seed():
     assert swapped["heldout s_a"][2] == pytest.approx(-0.05)
 
 
+def test_a_pair_without_an_answer_does_not_count_in_a_comparison():
+    """One image to which a judge said neither yes nor no made every figure of that judge NaN."""
+    arm, baseline = ({0: result(0, np.full((12, 4), value))} for value in (0.3, 0.25))
+    arm[0]["ppo"]["pairs"]["heldout"] = np.full((12, 4), 0.3).tolist()
+    arm[0]["ppo"]["pairs"]["heldout"][3] = [None, 1.0, 1.0, 1.0]
+    table, _ = ablation.compare(arm, baseline)
+    assert table["heldout s_a"] == pytest.approx([0.3, 0.25, 0.05, 0.05, 0.05], abs=1e-9)
+    assert np.isfinite(table["train s_g"]).all()
+
+
 def test_the_worst_dip_is_that_of_the_worst_seed_after_the_first_rollouts():
     curves = {0: (0.5, 0.6, 0.45, 0.7), 1: (0.4, 0.39, 0.5, 0.5)}
     arm = {s: result(s, random_scores(s), tests=tests) for s, tests in curves.items()}

@@ -429,7 +429,7 @@ def test_a_run_goes_on_with_its_own_settings_only(whole, folder):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(folder):
-    with pytest.raises(UserError, match="ppo, step 1: the gradient's norm is nan; try a smaller"):
+    with pytest.raises(UserError, match="ppo, step 1: the gradient's norm is nan; start again"):
         cfg = Settings(str(folder))
         line = torch.nn.Linear(1, 1)
         with Loop("ppo", cfg, False) as loop:

@@ -419,6 +419,7 @@ def test_help_lists_every_flag_of_a_stage_and_where_its_default_is_from(stage, c
     (["--stage", "ppo", "--lr", "fast"], "invalid float value: 'fast'"),
     (["--stage", "pp0"], "invalid choice: 'pp0'"),
     (["--lr", "1"], "say which stage"),
+    (["--out", "runs/x", "--resume"], "say which stage"),
     (["--stage", "ppo", "--samples", "2", "--ground-truth", "1", "1", "1"],
      "should be at least 3, since ground truth"),
     (["--stage", "ppo", "--data", "x", "--heldout-judge", "http://h:1/v1"],
@@ -475,6 +476,32 @@ def test_a_run_folder_remembers_its_preset(tmp_path):
     assert preset == "janus" and cfg.lr == 1e-5 and cfg.guidance == 5
     _, _, cfg, preset = train.parse(["--stage", "ppo", "--preset", "tiny", "--out", str(tmp_path)])
     assert preset == "tiny" and cfg.lr == 2e-4
+
+
+def test_a_refused_command_does_not_mark_a_folder(tmp_path, monkeypatch):
+    """A folder took the preset of a command that was refused, and every later one failed on it."""
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        train.main(["--stage", "ppo", "--preset", "janus", "--data", "x", "--out", str(out)])
+    assert train.parse(["--stage", "ppo", "--out", str(out)])[3] == "tiny"
+    monkeypatch.chdir(tmp_path)                         # and a stray config.json is nobody's
+    (tmp_path / "config.json").write_text('{"preset": "janus"}')
+    assert train.parse(["--stage", "ppo"])[3] == "tiny"
+
+
+def test_help_shows_defaults_of_zero(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "ppo", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "follows from it (0; ours)" in out and "(0.0; paper; above 0 is ours)" in out
+
+
+def test_metrics_are_averaged_over_rows():
+    """A last microbatch that is smaller counted as much as the others."""
+    one, two = torch.tensor(1.0), torch.tensor(4.0)
+    stats = [{"loss": one, "rows": 4}, {"loss": two, "rows": 2, "grad_norm": one}]
+    means = train.average(stats)
+    assert means["loss"].item() == 2 and means["grad_norm"].item() == 1 and "rows" not in means
 
 
 def test_errors_leave_with_one_line_and_a_status(tmp_path):
