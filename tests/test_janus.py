@@ -1054,9 +1054,10 @@ def test_a_janus_run_wants_a_judge_and_leaves_nothing_behind(folders, pairs, tmp
     monkeypatch.setattr(judges.ServerJudge.__init__, "__defaults__", (1, 5.0, 0))
     with pytest.raises(UserError, match="the judge is gone .*asked 1 times"):
         train.main([*argv, "--judge", nobody()])
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"}
+    assert after == before
     empty = ["--stage", "ppo", "--preset", "janus", "--data", pairs, "--out", str(tmp_path / "new")]
-    with pytest.raises(UserError, match="say who judges|python -m extras.janus --import"):
+    with pytest.raises(UserError, match="holds no checkpoint; docs/janus.md says how"):
         train.main(empty)
 
 
