@@ -689,13 +689,9 @@ def missing_stages(stage, cfg, preset):
     return missing
 
 
-def begin_folder(cfg, stage, preset):
-    """UserError if the stage is trained there already; else the folder remembers the preset."""
-    out = Path(cfg.out)
-    if (out / f"{stage}.safetensors").exists() and not (out / f"{stage}.state").exists():
-        raise UserError(f"{out / stage}.safetensors is there already; choose another --out, or "
-                        f"delete it to train {stage} again")
-    path = out / "config.json"
+def begin_folder(cfg, preset):
+    """The folder remembers the preset with which it was begun."""
+    path = Path(cfg.out) / "config.json"
     config = read_json(path, "config of the run") if path.exists() else {}
     write_json(path, {"preset": preset} | config)
 
@@ -713,8 +709,12 @@ def peak_memory():
 
 def train_stages(stage, cfg, preset, resume):
     """What is missing, then the stage."""
+    weights = Path(cfg.out) / f"{stage}.safetensors"
+    if weights.exists() and not weights.with_suffix(".state").exists():
+        raise UserError(f"{weights} is there already; choose another --out, or delete it to train "
+                        f"{stage} again")
     missing = missing_stages(stage, cfg, preset)
-    begin_folder(cfg, stage, preset)
+    begin_folder(cfg, preset)
     if missing:
         minutes = sum(MINUTES[s] for s in [*missing, stage])
         time_needed = f" About {minutes:g} minutes in all on two CPU cores." * (preset == "tiny")

@@ -298,7 +298,7 @@ def run_arm(run, base, preset, results, flags):
     copy_base(Path(base), out, judges=not cfg.judge)
     if (out / "ppo.state").exists() or not (out / "ppo.safetensors").exists():
         print(f"{run}: {cfg}")
-        train.begin_folder(cfg, "ppo", preset)
+        train.begin_folder(cfg, preset)
         with only_process(out), Loop("ppo", cfg, resume=True) as loop:
             train.train_ppo(cfg, loop, make_objective(cfg))
     result = read_json(out / "paircomp.json", "result of a PPO run")

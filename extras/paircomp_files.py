@@ -312,8 +312,9 @@ def run_score(args):
         try:
             answers = judge.score(images, [pairs[p][i] for p, i, _ in chunk])
         except JudgeError as e:
-            raise UserError(f"{e}; what was answered is kept in {kept}, the same command goes on "
-                            "from there") from e
+            answered = (len(kept.read_text().splitlines()) - 1) // len(judge.names)
+            raise UserError(f"{e}; {answered} of {len(places)} scores are kept in {kept}, the same "
+                            "command goes on from there") from e
         for (p, i, k), score in zip(chunk, answers.tolist()):
             entry = {"pair_idx": p, "prompt_idx": i, "image_idx": k, "score": score}
             scores[str(p)].append(entry)

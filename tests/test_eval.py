@@ -287,7 +287,7 @@ def message_of(capsys, argv):
 
 
 BAD_FLAGS = [
-    ([], "required: COMMAND"),
+    ([], "choose generate, score, summarize, or --run DIR"),
     (["--policy", "ppo"], "COMMAND"),
     (["benchmark"], "the following arguments are required: --run"),
     (["summarise", "x.json"], "choose from 'benchmark', 'generate', 'score', 'summarize'"),

@@ -28,6 +28,13 @@ from pairworld import CATEGORIES, pairworld
 from train import NEEDS, PRESETS, STAGES, Pretrain
 
 ROOT = Path(__file__).parents[1]
+# One thread everywhere: bits depend on how many there are, and two in each process slow each other.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
 
 
 def command(script, *args):
@@ -42,7 +49,8 @@ def saving_always(*args):
 
 
 def run(script, *args, ok=True):
-    done = subprocess.run(command(script, *args), capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command(script, *args), capture_output=True, text=True, cwd=ROOT,
+                          env=ONE_THREAD)
     assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
     return done
 
@@ -113,8 +121,7 @@ def test_smoke_run_leaves_all_that_the_contract_names(smoke):
 
 
 def test_smoke_run_takes_less_than_a_minute(smoke):
-    """60 s are promised. The processor's time is what a busy machine changes least; on a free one
-    it is more than the time that passes."""
+    """60 s are promised. The processor's time is what a busy machine changes least."""
     assert float((smoke / "cpu_seconds").read_text()) < 60
 
 
@@ -132,13 +139,14 @@ def test_killed_and_resumed_ends_bitwise_equal(smoke, tmp_path, stage):
     """SIGKILL, which no handler sees, at a moment that nobody chose; then --resume. The weights
     must have the bits of a run that was left alone: the state holds the optimizer, and every random
     choice follows from (seed, stage, step)."""
-    args = ["--stage", stage, "--preset", "smoke", *STAGE_FLAGS[stage]]
+    args = ["--stage", stage, "--preset", "smoke", "--device", "cpu", *STAGE_FLAGS[stage]]
+    args = [str(word) for word in args]
     whole = copy_of(smoke, tmp_path / "whole", *NEEDS[stage])
-    run("train.py", *args, "--out", whole)
+    train.main([*args, "--out", str(whole)])
     killed = copy_of(smoke, tmp_path / "killed", *NEEDS[stage])
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(saving_always(*args, "--out", killed), cwd=ROOT, stdout=quiet,
-                               stderr=quiet)
+                               stderr=quiet, env=ONE_THREAD)
 
     def third_step():
         return len(log_of(killed)) >= 3 if (killed / "log.jsonl").exists() else False
@@ -148,8 +156,8 @@ def test_killed_and_resumed_ends_bitwise_equal(smoke, tmp_path, stage):
     assert not (killed / f"{stage}.safetensors").exists(), "it ended before it could be killed"
     assert load_weights(killed / f"{stage}.state")[1]["step"] >= 2
     with pytest.raises(UserError, match="--resume"):        # asking again throws nothing away
-        train.main([*map(str, args), "--out", str(killed)])
-    run("train.py", *args, "--out", killed, "--resume")
+        train.main([*args, "--out", str(killed)])
+    train.main([*args, "--out", str(killed), "--resume"])
     weights = [(folder / f"{stage}.safetensors").read_bytes() for folder in (whole, killed)]
     assert weights[0] == weights[1]
     assert log_of(whole) == log_of(killed)
@@ -161,7 +169,8 @@ def test_a_folder_in_use_is_refused(smoke, tmp_path):
     out = copy_of(smoke, tmp_path / "run", "tokenizer")
     args = ["--stage", "pretrain", "--preset", "smoke", "--steps", "5000", "--out", str(out)]
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen(saving_always(*args), cwd=ROOT, stdout=quiet, stderr=quiet)
+    process = subprocess.Popen(saving_always(*args), cwd=ROOT, stdout=quiet, stderr=quiet,
+                               env=ONE_THREAD)
     wait_for((out / "pretrain.state").exists, process)
     for other in (["--stage", "pretrain", "--resume"], ["--stage", "reward"]):
         with pytest.raises(UserError, match="another process trains there; wait for it, or give"):
@@ -177,7 +186,7 @@ def test_ctrl_c_says_how_to_go_on(smoke, tmp_path):
     out = copy_of(smoke, tmp_path / "run", "tokenizer")
     args = ["--stage", "pretrain", "--preset", "smoke", "--steps", 5000, "--out", out]
     process = subprocess.Popen(command("train.py", *args), cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
     log = out / "log.jsonl"
     wait_for(lambda: log.exists() and log.read_text(), process)
     process.send_signal(signal.SIGINT)
@@ -187,29 +196,30 @@ def test_ctrl_c_says_how_to_go_on(smoke, tmp_path):
     assert load_weights(out / "pretrain.state")[1]["step"] >= 1
 
 
-def test_own_pairs_go_through_every_stage(tmp_path):
+def test_own_pairs_go_through_every_stage(tmp_path, capsys, recwarn):
     """A folder in FocusDiff-Data's layout, with unpaired prompts mixed in, takes the same path as
     the embedded pairs."""
     write_pairs(pairworld(40, "train", 3), tmp_path / "data")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("three red circles\nein Hund im Schnee\n", encoding="utf-8")
-    args = ["--preset", "smoke", "--data", tmp_path / "data" / "pairs.json", "--out",
-            tmp_path / "run"]
+    args = ["--preset", "smoke", "--data", str(tmp_path / "data" / "pairs.json"), "--out",
+            str(tmp_path / "run"), "--device", "cpu"]
     for stage in ("tokenizer", "pretrain", "reward"):
-        run("train.py", "--stage", stage, *args)
-    done = run("train.py", "--stage", "ppo", "--prompts", prompts, "--advantage", "group",
-               "--reward", "margin", *args)
+        train.main(["--stage", stage, *args])
+    train.main(["--stage", "ppo", "--prompts", str(prompts), "--advantage", "group", "--reward",
+                "margin", *args])
     assert (tmp_path / "run" / "ppo.safetensors").exists()
     # Such a run said nothing about whether PPO helped, and warned of an empty legend.
-    assert "not tested: --data without --test has no held-out pairs" in done.stdout
-    assert "Warning" not in done.stderr
+    says = "not tested: --data without --test has no held-out pairs"
+    assert says in capsys.readouterr().out
+    assert not [w for w in recwarn if "legend" in str(w.message) or "artists" in str(w.message)]
 
 
 def test_a_run_without_a_test_says_when_its_reward_fell():
     steps = [{"reward": 0.4 - 0.01 * i, "kl": 0.1 * i} for i in range(20)]
     says = eval_paircomp.without_test(steps)
     assert "first and the last 2 rollouts: reward 0.395 -> 0.215, KL 0.050 -> 1.850" in says
-    assert "FELL: this policy is worse than its base" in says
+    assert "FELL: this policy may be worse than its base" in says
     assert "did not fall" in eval_paircomp.without_test(steps[::-1])
 
 
