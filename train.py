@@ -77,8 +77,8 @@ class Tokenizer(Common):
     lr: float = flag(3e-3, "peak learning rate", least=0)
     unquantized: int = flag(400, "steps before the codebook is made, by k-means")
     ch: int = flag(128, "channels, a multiple of 32")
-    codebook_size: int = flag(320, "V")
-    codebook_dim: int = flag(16, "D")
+    codebook_size: int = flag(320, "V", least=2)
+    codebook_dim: int = flag(16, "D", least=1)
     warmup = 20
     decay = 0.5
     commitment = 0.25                   # weight of the pull of latents to their codes
@@ -97,7 +97,8 @@ class Pretrain(Common):
     lr: float = flag(1e-3, "peak learning rate of AdamW: embeddings, norms, head", least=0)
     muon_lr: float = flag(0.007, "peak learning rate of Muon: the layers' matrices; 0: AdamW too")
     warmup: int = flag(50, "steps of rising learning rate")
-    caption_dropout: float = flag(0.05, "share of images with the empty prompt, for guidance")
+    caption_dropout: float = flag(0.05, "share of images with the empty prompt, for guidance",
+                                   least=0)
     n_layer: int = flag(4, "layers")
     n_head: int = flag(4, "attention heads")
     n_embd: int = flag(128, "width C")
@@ -139,8 +140,8 @@ class PPO(Common):
     temperature: float = flag(1.0, "tau", "official, in effect", least=1e-6)
     advantage: str = flag("pair", "pool of mean and std: Pair-GRPO or vanilla", "paper",
                           choices=tuple(ppo.POOLS))
-    clip: float = flag(0.2, "PPO's epsilon", "ours; no effect in the official code (ratio 1)")
-    beta: float = flag(0.01, "weight of the KL to the base model")
+    clip: float = flag(0.2, "PPO's epsilon", "ours; no effect in the official code", least=0)
+    beta: float = flag(0.01, "weight of the KL to the base model", least=0)
     difference: float = flag(0.0, "lambda of the difference-aware token weights",
                              "paper; above 0 is ours", least=0)
     reward: str = flag("own", "own: S(I,T); margin: S(I,T) - S(I,T'); see ppo.REWARDS", "paper",
@@ -621,6 +622,10 @@ def check_names(words, parser, stage):
         name = word.split("=")[0]
         if name.startswith("--") and name not in flags:
             refuse_moved(name)
+            setting = name[2:].replace("-", "_")
+            owner = [s for s, cls in STAGES.items() if setting in cls.__dataclass_fields__]
+            if owner:
+                raise UserError(f"unknown flag {name} for stage {stage}; stage {owner[0]} has it")
             near = difflib.get_close_matches(name, flags, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise UserError(f"unknown flag {name} for stage {stage}; {hint}")
@@ -634,12 +639,16 @@ def check(cfg):
         value = getattr(cfg, f.name)
         if value not in f.metadata.get("choices", [value]):
             bad(f.name, f"be one of {', '.join(f.metadata['choices'])}")
+        if isinstance(value, float) and not math.isfinite(value):
+            bad(f.name, "be a finite number")
         if "least" in f.metadata and value < f.metadata["least"]:
             bad(f.name, f"be at least {f.metadata['least']}")
     units = {"n_embd": 2 * getattr(cfg, "n_head", 1), "ch": VQConfig.norm_groups, "width": 8}
     for name, unit in units.items():
         if getattr(cfg, name, 0) % unit:
             bad(name, f"be a multiple of {unit}")
+    if isinstance(cfg, Tokenizer) and cfg.unquantized >= cfg.steps:
+        bad("unquantized", f"be less than --steps {cfg.steps}: the codebook is made then")
     if isinstance(cfg, PPO):
         check_ppo(cfg, bad)
 
