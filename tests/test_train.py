@@ -42,8 +42,11 @@ def command(script, *args):
 
 
 def saving_always(*args):
-    """train.py with a state saved after every step, for tests that kill it."""
-    code = ("import sys, common, train; common.SAVE_SECONDS = 0; common.SAVE_SHARE = 1e9; "
+    """train.py with a state saved after every step, for tests that kill it: slowly, so that there is
+    time for it on a busy machine too."""
+    code = ("import sys, time, common, train; common.SAVE_SECONDS = 0; common.SAVE_SHARE = 1e9; "
+            "log = common.Loop.log; "
+            "common.Loop.log = lambda *a, **k: (log(*a, **k), time.sleep(0.3)); "
             "train.main(sys.argv[1:])")
     return [sys.executable, "-c", code, *map(str, args)]
 
@@ -126,10 +129,10 @@ def test_smoke_run_takes_less_than_a_minute(smoke):
 
 
 STAGE_FLAGS = {
-    "tokenizer": ["--steps", 40, "--unquantized", 12],
-    "pretrain": ["--steps", 40],
-    "reward": ["--steps", 16],
-    "ppo": ["--steps", 12, "--eval-every", 100, "--eval-pairs", 1, "--lr", 3e-3,
+    "tokenizer": ["--steps", 24, "--unquantized", 2],
+    "pretrain": ["--steps", 20],
+    "reward": ["--steps", 8, "--splices-from", 4],
+    "ppo": ["--steps", 8, "--eval-every", 100, "--eval-pairs", 1, "--lr", 3e-3,
             "--difference", 0.5, "--ground-truth", 2, 4, 9],
 }
 
@@ -204,8 +207,9 @@ def test_own_pairs_go_through_every_stage(tmp_path, capsys, recwarn):
     prompts.write_text("three red circles\nein Hund im Schnee\n", encoding="utf-8")
     args = ["--preset", "smoke", "--data", str(tmp_path / "data" / "pairs.json"), "--out",
             str(tmp_path / "run"), "--device", "cpu"]
-    for stage in ("tokenizer", "pretrain", "reward"):
-        train.main(["--stage", stage, *args])
+    train.main(["--stage", "tokenizer", "--steps", "12", "--unquantized", "4", *args])
+    for stage in ("pretrain", "reward"):
+        train.main(["--stage", stage, "--steps", "8", *args])
     train.main(["--stage", "ppo", "--prompts", str(prompts), "--advantage", "group", "--reward",
                 "margin", *args])
     assert (tmp_path / "run" / "ppo.safetensors").exists()
