@@ -42,8 +42,8 @@ def command(script, *args):
 
 
 def saving_always(*args):
-    """train.py with a state saved after every step, for tests that kill it: slowly, so that there is
-    time for it on a busy machine too."""
+    """train.py with a state saved after every step, for tests that kill it. It is slowed down, so
+    that there is time for that on a busy machine too."""
     code = ("import sys, time, common, train; common.SAVE_SECONDS = 0; common.SAVE_SHARE = 1e9; "
             "log = common.Loop.log; "
             "common.Loop.log = lambda *a, **k: (log(*a, **k), time.sleep(0.3)); "
