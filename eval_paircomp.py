@@ -165,6 +165,9 @@ class BeforeAfter:
         self.judges = judges
         self.pairs = self.test_pairs(cfg.eval_pairs)
         self.quick_pairs = self.test_pairs(QUICK_PAIRS)
+        categories = self.pairs.categories if self.pairs else []
+        # What before_after.png shows: the first pair of each category, not the best.
+        self.picks = [categories.index(category) for category in dict.fromkeys(categories)]
 
     def test_pairs(self, n_per_category):
         """The first n pairs of each category -> PairSet, or None."""
@@ -201,10 +204,8 @@ class BeforeAfter:
             save_weights(kept, {"images": torch.from_numpy(self.base_images)}, report=self.base)
 
     def first_images(self, images):
-        """images (P, 2, K, H, W, 3) -> (categories, 2, H, W, 3): the first image of each prompt, of
-        the first pair of each category, not of the best."""
-        categories = self.pairs.categories
-        self.picks = [categories.index(category) for category in dict.fromkeys(categories)]
+        """images (P, 2, K, H, W, 3) -> (categories, 2, H, W, 3): of each pick the first image of
+        each prompt."""
         return images[self.picks, :, 0]
 
     def after(self, policy, steps):

@@ -38,7 +38,7 @@ from common import (Loop, UserError, first_few, load_module, make_folder, only_p
                     read_json, write_atomically)
 from eval_paircomp import benchmark_pairs, category_means, text_table
 from extras.judges import name_judges
-from extras.plots import load_pyplot, save_figure
+from extras.plots import JUDGES, load_pyplot, save_figure
 from model import load_policy, prompt_divergence, run_settings
 from pairworld import GRID, IMAGE_SIZE, different_attributes, difference_mask, read_cells
 from tokenizer import VQConfig, VQModel, decode_ids, encode_images
@@ -442,9 +442,6 @@ def format_difference(found):
 
 # --------------------------------------------------------------------------------------------------
 # Comparing
-
-JUDGES = ("train", "heldout", "oracle")
-
 
 def read_arms(paths):
     """Folders or files of runs -> {arm: {seed: result}}, in the order in which the arms come."""
