@@ -201,6 +201,8 @@ def pick_device(name):
     if no_cuda or no_mps:
         raise UserError(f"--device {name}: torch {torch.__version__} sees no such device here; "
                         "try --device auto")
+    if name == "cuda":                  # cuDNN's attention makes a plan for each new length, 30 ms
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 

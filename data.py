@@ -154,8 +154,8 @@ def read_prompts(path):
 
 
 # -- Prompts as ids, images for people -------------------------------------------------------------
-def left_pad(rows, prompts, pad, max_len):
-    """B lists of ids -> (B, T) int64, padded on the left to the longest. UserError if one is longer
+def pad_prompts(rows, prompts, pad, max_len):
+    """B lists of ids -> (B, T) int64, padded at the end to the longest. UserError if one is longer
     than max_len; `prompts` are what it names."""
     lengths = [len(row) for row in rows]
     longest = max(lengths)
@@ -163,7 +163,7 @@ def left_pad(rows, prompts, pad, max_len):
         prompt = prompts[lengths.index(longest)]
         raise UserError(f"prompt of {longest} tokens is longer than the context of {max_len}: "
                         f"{prompt[:60]!r}...; shorten it, or pretrain with a larger --n-text")
-    return np.array([[pad] * (longest - len(row)) + row for row in rows], dtype=np.int64)
+    return np.array([row + [pad] * (longest - len(row)) for row in rows], dtype=np.int64)
 
 
 def image_grid(images, labels=None, columns=4, scale=3):

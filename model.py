@@ -8,10 +8,15 @@ them with. `score` returns the log-probs of given tokens from one batched forwar
 logits in `policy_logits`, so that what is scored is the distribution that was sampled. (The
 official release scores guided logits divided by w: a softmax w times hotter than the sampler's.)
 
-Shapes: B sequences, T text tokens (padded on the left), N image tokens, S = T + N, V image codes,
-C width, H heads, D head width, R distinct prompts, G samples of each.
+A sequence is its prompt, right behind it its image tokens, and padding at the end. Causal attention
+never looks ahead, so nobody sees the padding: prompts of different lengths need no mask, and flash
+attention can run.
+
+Shapes: B sequences, T text tokens of the longest prompt, N image tokens, S slots of a sequence,
+V image codes, C width, H heads, D head width, R distinct prompts, G samples of each.
 """
 from dataclasses import asdict, dataclass
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
@@ -50,23 +55,34 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
         self.o_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def forward(self, x, rope, mask, cache=None, start=0):
-        """x (B, L, C) stands at positions start..start+L-1. mask: None for causal, else bool that
-        broadcasts to (B, 1, L, start+L)."""
-        qkv = self.qkv_proj(x)
-        q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.n_head)
+    def forward(self, x, rope, cache=None, slot=None, seen=None):
+        """x (B, L, C): whole sequences, whose keys and values go into the cache (2, B, H, S, D) if
+        there is one. Or L = 1, a decoding step: the token goes into slot (B,) of the cache, and
+        looks at the cache's first K slots where seen (B, 1, 1, K) is True."""
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.n_head, -1))      # (B, L, 3, H, D)
+        q, k, v = qkv.transpose(1, 3).unbind(2)                         # (B, H, L, D) each
         q = rotate(q, rope)
         k = rotate(k, rope)
-        if cache is not None:
-            stop = start + x.shape[1]
-            cache[0][:, :, start:stop] = k
-            cache[1][:, :, start:stop] = v
-            k = cache[0][:, :, :stop]
-            v = cache[1][:, :, :stop]
-        # A single query sees the whole cache; is_causal would show it the first key alone.
-        causal = mask is None and x.shape[1] > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        if slot is None:
+            if cache is not None:
+                cache[:, :, :, :x.shape[1]] = torch.stack([k, v])
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            row = torch.arange(len(x), device=x.device)
+            cache[:, row, :, slot] = torch.stack([k, v], 1)[:, :, :, 0] # (B, 2, H, D)
+            k, v = cache[:, :, :, :seen.shape[-1]]                      # (B, H, K, D) each
+            out = attend(q, k, v, seen)
         return self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
+
+
+def attend(q, k, v, seen):
+    """Attention of single queries (B, H, 1, D) to keys and values (B, H, K, D) where seen. In fp32
+    by its formula: for one query SDPA's kernel takes twice as long on a CPU. In bf16 SDPA keeps the
+    scores in fp32."""
+    if q.dtype != torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT                           # (B, H, 1, K)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
 class MLP(nn.Module):
@@ -90,8 +106,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.n_embd, cfg.rms_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, mask, cache=None, start=0):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
+    def forward(self, x, rope, cache=None, slot=None, seen=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, slot, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -99,7 +115,9 @@ class ImageModel(nn.Module):
     """text: what makes prompt ids, pairworld.TextTokens or a checkpoint's own (extras/janus.py).
 
     recompute: a layer's activations are made again in the backward instead of being kept.
-    bf16: matrices multiply in bf16, in sampling and scoring alike."""
+    bf16: matrices multiply in bf16, in sampling and scoring alike.
+    running: how a decoding step runs, "eager", "graph" (a CUDA graph) or "compile" (torch.compile,
+    of scoring too)."""
 
     def __init__(self, cfg, text=None):
         super().__init__()
@@ -107,6 +125,8 @@ class ImageModel(nn.Module):
         self.text = text or TextTokens()
         self.recompute = False
         self.bf16 = False
+        self.running = "eager"
+        self.graphed = None             # extras.cuda_graph.GraphedStep of the last batch
         self.stored = {}                # {name: dtype} of the file; see `save_policy`
         c = cfg.n_embd
         self.embed_tokens = nn.Embedding(cfg.text_vocab, c)
@@ -135,21 +155,19 @@ class ImageModel(nn.Module):
         residual stream, and a bf16 reference agrees with the fp32 policy copied from it."""
         return self.embed_tokens(ids).float()
 
-    def embed_images(self, ids, start=0):
-        """Image ids (B, L), the first of them the image's token number `start` -> (B, L, C)."""
+    def embed_images(self, ids, number):
+        """Image ids (B, L), the image's tokens number (L,) or (B, L) -> (B, L, C)."""
         x = self.gen_aligner(self.gen_embed(ids)).float()
-        if self.cfg.image_positions:
-            x = x + self.gen_positions.weight[start:start + ids.shape[1]]
-        return x
+        return x + self.gen_positions(number) if self.cfg.image_positions else x
 
-    def hidden(self, x, mask, caches=None, start=0):
-        """Embeddings (B, L, C) at positions start.. -> normed hidden states (B, L, C)."""
-        rope = rope_table(self.cfg, start, x.shape[1], x.device)
+    def hidden(self, x, rope, caches=None, slot=None, seen=None):
+        """Embeddings (B, L, C), rope of their positions -> normed hidden states (B, L, C). caches
+        (one a layer), slot and seen as in `Attention`."""
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+                x = checkpoint(layer, x, rope, use_reentrant=False)
             else:
-                x = layer(x, rope, mask, caches[i] if caches else None, start)
+                x = layer(x, rope, caches[i] if caches else None, slot, seen)
         return self.norm(x)
 
     def logits(self, h):
@@ -164,28 +182,28 @@ class ImageModel(nn.Module):
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def rope_table(cfg, start, length, device):
-    """cos and sin (L, D) of the rotary embedding for positions start..start+L-1."""
+def rope_table(cfg, length, device):
+    """cos and sin (S, D) of the rotary embedding for positions 0..S-1."""
     d = cfg.n_embd // cfg.n_head
     frequency = cfg.rope_theta ** (-torch.arange(0, d, 2, device=device).float() / d)   # (D/2,)
-    position = torch.arange(start, start + length, device=device).float()
-    angle = position[:, None] * frequency                               # (L, D/2)
-    angle = torch.cat([angle, angle], -1)                               # (L, D)
-    return angle.cos(), angle.sin()
+    angle = torch.arange(length, device=device)[:, None] * frequency    # (S, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, rope):
-    """Rotary embedding, LLaMA's half-and-half layout. x (B, H, L, D)."""
+    """Rotary embedding, LLaMA's half-and-half layout: with the halves a and b of a head's vector,
+    (a, b) -> (a cos - b sin, b cos + a sin). x (B, H, L, D), rope (L, D) or (B, 1, L, D)."""
     cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 # -- Prompts: padding, and the empty prompt of guidance --------------------------------------------
-def prompt_mask(prompts, pad):
-    """Prompts (B, T) -> bool (B, T), False for the padding on the left. Padding after the first
-    token counts as a token (`empty_like`)."""
-    return (prompts != pad).cumsum(1) > 0
+def prompt_lengths(prompts, pad):
+    """Prompts (B, T), padded at the end -> their lengths (B,). A prompt may hold padding
+    (`empty_like`), but never ends on it."""
+    number = torch.arange(1, prompts.shape[1] + 1, device=prompts.device)
+    return ((prompts != pad) * number).amax(1)
 
 
 def empty_like(prompts, pad):
@@ -193,11 +211,9 @@ def empty_like(prompts, pad):
     (beginning of text) and its last (beginning of image) -> (B, T).
 
     The official code (generation_inference.py) sets tokens[i, 1:-1] = pad_id and has no mask: that
-    padding *is* attended to, and the empty prompt is as long as the prompt. Here a row begins after
-    its left padding, to which nobody attends."""
-    mask = prompt_mask(prompts, pad)
-    inner = mask & (mask.cumsum(1) > 1)
-    inner[:, -1] = False
+    padding *is* attended to, and the empty prompt is as long as the prompt."""
+    slot = torch.arange(prompts.shape[1], device=prompts.device)
+    inner = (slot > 0) & (slot < prompt_lengths(prompts, pad)[:, None] - 1)
     return prompts.masked_fill(inner, pad)
 
 
@@ -213,21 +229,6 @@ def usual_guidance(model):
     return 5.0 if model.text.empty is None else 1.0
 
 
-def full_mask(prompts, pad, length):
-    """The mask of a forward over left-padded prompts and the image tokens after them.
-
-    prompts (B, T) -> None where no prompt is padded (causality is enough, and flash attention can
-    run), else bool (B, 1, length, length)."""
-    mask = prompt_mask(prompts, pad)
-    if bool(mask.all()):
-        return None
-    mask = F.pad(mask, (0, length - prompts.shape[1]), value=True)      # (B, length)
-    causal = torch.ones(length, length, dtype=torch.bool, device=prompts.device).tril()
-    # A pad sees itself: a row that sees nothing would be NaN.
-    diagonal = torch.eye(length, dtype=torch.bool, device=prompts.device)
-    return ((causal & mask[:, None, :]) | diagonal)[:, None]
-
-
 def policy_logits(cond, uncond, guidance, temperature):
     """The logits of pi, the one distribution that is sampled, scored, and held to the base model:
 
@@ -240,104 +241,158 @@ def policy_logits(cond, uncond, guidance, temperature):
 
 
 # -- Sampling --------------------------------------------------------------------------------------
-@torch.no_grad()
+KEYS = 16       # a decoding step looks at the slots so far, rounded up to a multiple of this
+
+
 def generate(model, prompts, empty, samples=1, guidance=1.0, temperature=1.0, generator=None,
              batch=0):
-    """Sample images. prompts (R, T) int64, padded on the left; empty (1, E) or None as from
+    """Sample images. prompts (R, T) int64, padded at the end; empty (1, E) or None as from
     `empty_ids`; batch: most sequences at once, to fit their cache, 0 for all.
 
     Returns tokens (R*G, N) int64 and the log-probs (R*G, N) fp32 that they were sampled with.
     Sample g of prompt r is row r*G + g."""
     at_once = max(1, batch // samples) if batch else len(prompts)
-    tokens, logprobs = [], []
-    with model.autocast():
+    drawn = []
+    with torch.inference_mode(), model.autocast():
         for part in prompts.split(at_once):
-            h, mask, caches = prefill(model, part, empty, samples, guidance)
-            drawn = decode(model, h, mask, caches, part.shape[1], guidance, temperature, generator)
-            tokens.append(drawn[0])
-            logprobs.append(drawn[1])
-    return torch.cat(tokens), torch.cat(logprobs)
+            n = len(part) * samples
+            noise = torch.rand(model.cfg.n_image, n, generator=generator, device=prompts.device)
+            if model.running == "graph" and batch:      # a shorter batch would be another graph
+                missing = at_once - len(part)
+                part = torch.cat([part, part[-1:].expand(missing, -1)])
+                noise = F.pad(noise, (0, missing * samples))            # (N, at_once*G)
+            tokens, logprobs = decode(model, part, empty, samples, guidance, temperature, noise)
+            drawn.append((tokens[:n], logprobs[:n]))
+    # Outside of inference mode: training may use them.
+    return tuple(torch.cat(column) for column in zip(*drawn))
 
 
-def prefill(model, prompts, empty, samples, guidance):
+def prefill(model, prompts, empty, samples, guidance, rope, caches):
     """Read each distinct prompt once, and copy its keys and values to its G samples.
 
-    prompts (R, T) -> hidden states (rows, C) that predict the first image token, a mask
-    (rows, 1, 1, T+N) or None, and the caches. rows = R*G, and twice as many with guidance: the
-    second half is the branch of the empty prompt."""
-    cfg = model.cfg
-    n_prompts, t = prompts.shape
-    rows = n_prompts * samples
-    repeats = [samples] * n_prompts
+    prompts (R, T) -> hidden states (rows, C) that predict the first image token, and the prompts'
+    lengths (rows,). rows = R*G, and twice as many with guidance: the second half is the branch of
+    the empty prompt. caches (2, rows, H, S, D), one a layer, have their first T slots filled."""
+    n, t = prompts.shape
+    source = torch.arange(n, device=prompts.device).repeat_interleave(samples)          # (R*G,)
     if guidance != 1:
         if empty is None:
-            empty = empty_like(prompts, cfg.pad)
+            empty = empty_like(prompts, model.cfg.pad)                  # (R, T)
         else:
-            empty = F.pad(empty, (t - empty.shape[1], 0), value=cfg.pad)
-        prompts = torch.cat([prompts, empty])                           # (R+1 or 2R, T)
-        repeats += [rows // len(empty)] * len(empty)
-        rows *= 2
-    repeats = torch.tensor(repeats, device=prompts.device)
-
-    mask = full_mask(prompts, cfg.pad, t)
+            empty = F.pad(empty, (0, t - empty.shape[1]), value=model.cfg.pad)          # (1, T)
+        prompts = torch.cat([prompts, empty])
+        source = torch.cat([source, n + source % len(empty)])           # (rows,)
+    lengths = prompt_lengths(prompts, model.cfg.pad)
     small = new_caches(model, len(prompts), t)
-    h = model.hidden(model.embed_text(prompts), mask, small)[:, -1]
-    h = h.repeat_interleave(repeats, 0, output_size=rows)               # (rows, C)
-    caches = new_caches(model, rows, t + cfg.n_image - 1)
-    for one, copies in zip(small, caches):
-        copies[0][:, :, :t] = one[0].repeat_interleave(repeats, 0, output_size=rows)
-        copies[1][:, :, :t] = one[1].repeat_interleave(repeats, 0, output_size=rows)
-    if mask is not None:
-        mask = prompt_mask(prompts, cfg.pad).repeat_interleave(repeats, 0, output_size=rows)
-        mask = F.pad(mask, (0, cfg.n_image), value=True)[:, None, None] # (rows, 1, 1, T+N)
-    return h, mask, caches
+    h = model.hidden(model.embed_text(prompts), [table[:t] for table in rope], small)
+    h = take(h, lengths[:, None] - 1)[:, 0]                             # (R.., C)
+    for cache, read in zip(caches, small):
+        cache[:, :, :, :t] = read[:, source]
+    return h[source], lengths[source]
 
 
-def decode(model, h, mask, caches, t, guidance, temperature, generator):
-    """Draw N tokens, one after the other. Nothing in the loop waits for the device.
+def draw(model, h, noise, guidance, temperature):
+    """Hidden states (rows, C), noise (B,) uniform in [0, 1) -> tokens (B,), their log-probs (B,).
 
-    h, mask, caches of `prefill`, t = T -> tokens (R*G, N), log-probs (R*G, N)."""
-    branches = 1 if guidance == 1 else 2
-    tokens, logprobs = [], []
-    for n in range(model.cfg.n_image):
-        cond, *uncond = model.logits(h).chunk(branches)               # (R*G, V)
-        uncond = uncond[0] if uncond else None
-        logp = policy_logits(cond, uncond, guidance, temperature).log_softmax(-1)
-        # argmax(p / Exp(1)) draws from p. torch.multinomial would wait for the device.
-        noise = torch.empty_like(logp).exponential_(generator=generator)
-        # MPS draws exact zeros, 3.3e-8 an element (pytorch#192577), and -log 0 would always win.
-        noise.masked_fill_(noise == 0, 3e-8)
-        token = (logp - noise.log()).argmax(-1)
-        tokens.append(token)
-        logprobs.append(logp.gather(-1, token[:, None])[:, 0])
-        if n + 1 < model.cfg.n_image:
-            x = model.embed_images(token[:, None], n).repeat(branches, 1, 1)    # (rows, 1, C)
-            seen = None if mask is None else mask[..., :t + n + 1]
-            h = model.hidden(x, seen, caches, t + n)[:, 0]
-    return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+    The token is the first one at which the cumulated probabilities exceed the noise. Nothing waits
+    for the device, as torch.multinomial would."""
+    cond, *uncond = model.logits(h).chunk(1 if guidance == 1 else 2)    # (B, V) each
+    logits = policy_logits(cond, uncond[0] if uncond else None, guidance, temperature)
+    logprobs = logits.log_softmax(-1)
+    cumulated = logprobs.exp().cumsum(-1)
+    token = (cumulated[:, :-1] <= noise[:, None] * cumulated[:, -1:]).sum(-1)
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
-def new_caches(model, rows, length):
-    """For each layer keys and values (rows, H, length, D), in the dtype that attention computes
-    in."""
+@cache
+def compiled(function):
+    """torch.compile, once for all models, batches and lengths of prompts."""
+    return torch.compile(function, fullgraph=True, dynamic=True)
+
+
+def compilable(function):
+    """A function whose first argument is a model, and which is compiled if the model says so."""
+    @wraps(function)
+    def call(model, *args):
+        return (compiled(function) if model.running == "compile" else function)(model, *args)
+    return call
+
+
+@compilable
+def decode_step(model, caches, rope, token, slot, lengths, noise, keys, guidance, temperature):
+    """Read the last token of each sequence and draw the next one: a function of tensors whose
+    shapes stay the same for all N tokens, so that it can be compiled, or captured in a CUDA graph.
+
+    token (B,) goes into slot (rows,) of the caches; lengths (rows,) of the prompts; noise (B,);
+    keys: how many slots are looked at -> tokens (B,), log-probs (B,)."""
+    number = slot - lengths                             # of the image's tokens, which this one is
+    x = model.embed_images(token[:, None], number[:len(token), None])   # (B, 1, C)
+    x = x.repeat(1 if guidance == 1 else 2, 1, 1)                       # (rows, 1, C)
+    seen = torch.arange(keys, device=slot.device) <= slot[:, None]      # (rows, K)
+    rope = [table[slot][:, None, None] for table in rope]               # (rows, 1, 1, D)
+    h = model.hidden(x, rope, caches, slot, seen[:, None, None])
+    return draw(model, h[:, 0], noise, guidance, temperature)
+
+
+def decode(model, prompts, empty, samples, guidance, temperature, noise):
+    """Draw N tokens, one after the other: `generate` for the prompts that go at once.
+
+    noise (N, B) -> tokens (B, N), log-probs (B, N)."""
+    n, t = model.cfg.n_image, prompts.shape[1]
+    rows = noise.shape[1] * (1 if guidance == 1 else 2)
+    slots = round_up(t + n - 1, KEYS)
+    rope = rope_table(model.cfg, slots, prompts.device)
+    if model.running == "graph":
+        from extras.cuda_graph import graphed_step
+        step = graphed_step(model, rows, slots, guidance, temperature)
+        caches = step.caches
+    else:
+        step = decode_step
+        caches = new_caches(model, rows, slots)
+    h, lengths = prefill(model, prompts, empty, samples, guidance, rope, caches)
+    drawn = [draw(model, h, noise[0], guidance, temperature)]
+    for i in range(1, n):
+        # clone: a compiled step would not take row i of a larger tensor for any other row
+        drawn.append(step(model, caches, rope, drawn[-1][0], lengths + i - 1, lengths,
+                          noise[i].clone(), round_up(t + i, KEYS), guidance, temperature))
+    return [torch.stack(column, 1) for column in zip(*drawn)]           # (B, N) each
+
+
+def round_up(n, unit):
+    return -(-n // unit) * unit
+
+
+def new_caches(model, rows, slots):
+    """For each layer keys and values (2, rows, H, S, D), in the dtype that attention computes in.
+    A decoding step multiplies the values of unused slots by 0, so they must be finite."""
     weight = model.layers[0].self_attn.qkv_proj.weight
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    shape = rows, model.cfg.n_head, length, model.cfg.n_embd // model.cfg.n_head
-
-    def new():
-        return torch.empty(shape, device=weight.device, dtype=dtype)
-    return [(new(), new()) for _ in model.layers]
+    shape = 2, rows, model.cfg.n_head, slots, model.cfg.n_embd // model.cfg.n_head
+    return [torch.zeros(shape, device=weight.device, dtype=dtype) for _ in model.layers]
 
 
 # -- Scoring ---------------------------------------------------------------------------------------
+def take(x, index):
+    """Vectors (B, S, C), index (B, L) -> x[b, index[b, l]] (B, L, C)."""
+    first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (first + index).flatten()).view(*index.shape, -1)
+
+
+@compilable
 def image_hidden(model, prompts, tokens):
     """The hidden state from which each image token is predicted. prompts (B, T), tokens (B, N) ->
     (B*N, C)."""
-    x = [model.embed_text(prompts), model.embed_images(tokens[:, :-1])]
-    x = torch.cat(x, 1)                                                 # (B, T+N-1, C)
-    h = model.hidden(x, full_mask(prompts, model.cfg.pad, x.shape[1]))
-    return h[:, prompts.shape[1] - 1:].flatten(0, 1)
+    t, n = prompts.shape[1], tokens.shape[1]
+    number = torch.arange(n, device=tokens.device)                      # (N,)
+    x = [model.embed_text(prompts), model.embed_images(tokens[:, :-1], number[:-1])]
+    x = torch.cat(x, 1)                                                 # (B, S, C), S = T+N-1
+    lengths = prompt_lengths(prompts, model.cfg.pad)[:, None]           # (B, 1)
+    slot = torch.arange(t + n - 1, device=tokens.device)                # (S,)
+    # The image moves up to its prompt. At the end stands something that nobody sees.
+    source = torch.where(slot < lengths, slot, (slot + t - lengths).clamp(max=t + n - 2))
+    h = model.hidden(take(x, source), rope_table(model.cfg, t + n - 1, tokens.device))
+    return take(h, lengths - 1 + number).flatten(0, 1)
 
 
 def empty_hidden(model, prompts, tokens, empty):
@@ -416,11 +471,12 @@ def run_settings(run, stage):
     return read_json(path, "config of the run").get(stage, {}) if path.is_file() else {}
 
 
-def load_policy(run, policy, device, dtype=None):
+def load_policy(run, policy, device, dtype=None, compile="auto"):
     """A run folder, "pretrain" or "ppo" -> (tokenizer, model), in eval mode. UserError if they do
     not fit each other.
 
-    dtype: fp32, bf16, or auto (bf16 on CUDA); None is what the run was trained in."""
+    dtype: fp32, bf16, or auto (bf16 on CUDA); None is what the run was trained in. compile: as the
+    flag of stage ppo."""
     run = Path(run)
     device = torch.device(device)
     vq = load_module(run / "tokenizer.safetensors", VQModel, VQConfig, device)
@@ -440,6 +496,8 @@ def load_policy(run, policy, device, dtype=None):
     model.stored = {k: v.dtype for k, v in model.state_dict().items()}
     trained = run_settings(run, "ppo") or run_settings(run, "pretrain")
     model.bf16 = uses_bf16(dtype or trained.get("dtype", "auto"), device)
+    automatic = "graph" if device.type == "cuda" else "eager"
+    model.running = {"auto": automatic, "off": "eager", "on": "compile"}[compile]
     model.gen_head.float()
     return vq, model if model.bf16 else model.float()
 

@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 
 from common import UserError
-from data import PairSet, left_pad
+from data import PairSet, pad_prompts
 
 # -- The world -------------------------------------------------------------------------------------
 IMAGE_SIZE, CELL, GRID = 32, 8, 4       # pixels of an image, pixels of a cell, cells along a side
@@ -374,7 +374,7 @@ class TextTokens:
         return b"".join(parts).decode("utf-8", "surrogatepass")[1:]
 
     def encode_prompts(self, prompts, max_len, dropped=None):
-        """B strings -> (B, T) int64: `bos text boi`, padded on the left to the longest. UserError
+        """B strings -> (B, T) int64: `bos text boi`, padded at the end to the longest. UserError
         if one is longer than max_len.
 
         None is the empty prompt of guidance, and so is a prompt that dropped (B,) bool marks."""
@@ -382,7 +382,7 @@ class TextTokens:
             prompts = [None if drop else prompt for prompt, drop in zip(prompts, dropped)]
         encoded = [[] if prompt is None else self.encode(prompt) for prompt in prompts]
         rows = [[self.bos, *ids, self.boi] for ids in encoded]
-        return left_pad(rows, prompts, self.pad, max_len)
+        return pad_prompts(rows, prompts, self.pad, max_len)
 
 
 if __name__ == "__main__":

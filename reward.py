@@ -97,12 +97,12 @@ class Judge(nn.Module):
         return self.norm(features + self.image_positions)
 
     def encode_text(self, ids):
-        """Prompts (B, T), padded on the left -> features of their words (B, T, width). Padding
-        changes nothing: positions are counted from the end, and pads stay zero."""
+        """Prompts (B, T), padded at the end -> features of their words (B, T, width). Padding
+        changes nothing: nobody attends to it, and pads stay zero."""
         x = self.token_embedding(ids)
         mask = ids != TextTokens.pad
         if self.cfg.kind == "attend":
-            x = x + self.text_positions[-ids.shape[1]:]
+            x = x + self.text_positions[:ids.shape[1]]
             for layer in self.layers:
                 x = layer(x, mask)
         else:

@@ -154,6 +154,9 @@ class PPO(Common):
                        "ours; official InternVL2.5-26B")
     heldout_judge: str = flag("", "who tests instead of the run's held-out judge")
     test: str = flag("", "PairComp.json to test on instead of PairWorld's held-out pairs")
+    compile: str = flag("auto", "auto: a decoding step is a CUDA graph on cuda, plain PyTorch "
+                                "elsewhere; off: plain PyTorch; on: torch.compile, of scoring too",
+                        choices=("auto", "off", "on"))
     eval_every: int = flag(25, "rollouts between quick tests", least=1)
     eval_pairs: int = flag(20, "test pairs a category in the table before and after", least=1)
     decay = 0.3
@@ -424,10 +427,9 @@ def report_judges(cfg, vq, judges, pairs, device, loop):
 def train_ppo(cfg, loop, algo=ppo):
     """algo: ppo.py, or a module (or object) with the same functions: your fork of it."""
     device, P, G = pick_device(cfg.device), cfg.pairs, cfg.samples
-    vq, policy = load_policy(cfg.out, "pretrain", device, cfg.dtype)
+    vq, policy = load_policy(cfg.out, "pretrain", device, cfg.dtype, cfg.compile)
     policy.float().recompute = cfg.microbatch > 0                       # fp32 master weights
-    _, reference = load_policy(cfg.out, "pretrain", device, cfg.dtype)
-    reference.requires_grad_(False)
+    _, reference = load_policy(cfg.out, "pretrain", device, cfg.dtype, cfg.compile)
     judges = open_judges(cfg, device)                                   # train, heldout, oracle
     pairs = training_pairs(cfg, vq.cfg.image_size, SHORT)
     unpaired = read_prompts(cfg.prompts) if cfg.prompts else None

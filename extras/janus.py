@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from common import (UserError, first_few, load_weights, make_folder, pick_device, read_json,
                     save_weights, tensor_bytes, write_atomically, write_json)
-from data import left_pad
+from data import pad_prompts
 from model import ImageModel, ModelConfig, save_policy
 from tokenizer import VQConfig, VQModel
 
@@ -151,7 +151,7 @@ class JanusText:
         return [self.bos] + self.tokenizer.encode(message, add_special_tokens=False).ids
 
     def encode_prompts(self, prompts, max_len, dropped=None):
-        """B strings -> (B, T) int64, padded on the left. UserError if one exceeds max_len.
+        """B strings -> (B, T) int64, padded at the end. UserError if one exceeds max_len.
 
         A prompt that dropped (B,) bool marks becomes the empty prompt that guidance needs: it
         keeps BOS and begin-of-image and has padding between them."""
@@ -159,7 +159,7 @@ class JanusText:
         for row, drop in zip(rows, [] if dropped is None else dropped):
             if drop:
                 row[1:-1] = [self.pad] * (len(row) - 2)
-        return left_pad(rows, prompts, self.pad, max_len)
+        return pad_prompts(rows, prompts, self.pad, max_len)
 
 
 # --------------------------------------------------------------------------------------------------

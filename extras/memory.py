@@ -2,6 +2,7 @@
 
     python -m extras.memory                             # 1B and 7B as `--preset janus` runs them
     python -m extras.memory --microbatch 1              # PPO with other flags of train.py
+    python -m extras.memory --compile off               # without the CUDA graph's own memory
 
 It takes a minute. No formula is behind the table: the functions that train.py calls run on fake
 tensors, which have shapes but no memory, and every tensor that is alive is counted. What a GPU adds
@@ -54,7 +55,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()  # which views share
                 key = storage._cdata
                 if key not in self.sizes:
@@ -88,6 +89,12 @@ def stop_after(calls):
     return hook
 
 
+def take_step(step):
+    """In place of the capture of a graph, for which a GPU is needed."""
+    step()
+    raise Enough
+
+
 @torch.no_grad()
 def sample_start(model, prompts, samples):
     """The prefill of the prompts (R, T) and the first steps of sampling, with guidance."""
@@ -98,7 +105,7 @@ def sample_start(model, prompts, samples):
         handle.remove()
 
 
-def stored_policy(cfg):
+def stored_policy(cfg, running):
     """A policy as `load_policy` has it on a GPU: matrices in bf16, vectors and the head in fp32."""
     model = ImageModel(cfg)
     tensors = model.state_dict()
@@ -107,13 +114,15 @@ def stored_policy(cfg):
             tensors[name] = tensor.bfloat16()
     model.load_state_dict(tensors, assign=True)
     model.bf16 = True
-    return model.requires_grad_(False)
+    model.running = running
+    return model
 
 
-def trained_policy(cfg):
+def trained_policy(cfg, running):
     """A policy in training and its optimizer: fp32 weights and Adam's moments, bf16 compute."""
     model = ImageModel(cfg)
     model.bf16 = model.recompute = True
+    model.running = running
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -178,21 +187,21 @@ def rollout(model, reference, vq, alive, prompts, images, tested, pairs):
         alive.phase("score by the reference")
 
 
-def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1):
+def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1, graph=True):
     """A task -> {phase: GiB alive at its peak}.
 
     task: "sampling" of a policy in bf16; "pretrain" or "ppo" as `--preset janus` has them, with
     fp32 master weights, bf16 compute and activations made again in the backward. sequences: of a
     backward; prompts: sampled at once; images: of a prompt; tested: prompts sampled at once in the
-    tests of PPO; pairs: of its rollout, all with ground truth."""
-    # Fake tensors have no values in which padding could be found.
-    no_mask = mock.patch("model.full_mask", lambda prompts, pad, length: None)
-    with FakeTensorMode(), Alive() as alive, no_mask:
+    tests of PPO; pairs: of its rollout, all with ground truth; graph: decoding is a CUDA graph,
+    which keeps its caches, and bf16 weights of its own, from one rollout to the next."""
+    running = "graph" if graph else "eager"
+    with FakeTensorMode(), Alive() as alive, mock.patch("extras.cuda_graph.capture", take_step):
         if task == "sampling":
-            model = stored_policy(cfg)
+            model = stored_policy(cfg, running)
         else:
-            model, optimizer = trained_policy(cfg)
-        reference = stored_policy(cfg) if task == "ppo" else None
+            model, optimizer = trained_policy(cfg, running)
+        reference = stored_policy(cfg, running) if task == "ppo" else None
         vq = VQModel(vq_cfg).requires_grad_(False)
         alive.peak = alive.bytes
         alive.phase("at rest")
@@ -261,13 +270,16 @@ def main(argv=None):
     for name in ("pairs", "samples", "microbatch"):
         help_text = f"of --stage ppo ({preset[name]})"
         parser.add_argument("--" + name, type=int, default=preset[name], help=help_text)
+    parser.add_argument("--compile", choices=["auto", "off"], default="auto",
+                        help="of --stage ppo (auto: a CUDA graph)")
     args = parser.parse_args(argv)
-    if min(vars(args).values()) < 1:
+    if min(args.pairs, args.samples, args.microbatch) < 1:
         raise UserError("--pairs, --samples and --microbatch: should be positive")
     print("| Janus-Pro | task | GiB | fits | the most is alive in |\n|---|---|---|---|---|")
     for size, cfg in JANUS.items():
         for name, settings in tasks_of(args).items():
-            phases = trace(cfg, VQConfig.janus(), **settings)
+            graph = args.compile == "auto"
+            phases = trace(cfg, VQConfig.janus(), graph=graph, **settings)
             most = max(phases, key=phases.get)
             total = phases[most] + SPARE
             fits = ", ".join(str(gpu) for gpu in GPUS if total <= gpu) or "none"

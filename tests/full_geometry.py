@@ -140,7 +140,7 @@ def load_theirs(size, layers, folder):
 
 
 def inputs(text, n_image, n_codes, device):
-    """Left-padded prompts (2, T), image tokens (2, N), images (2, 3, 384, 384)."""
+    """Padded prompts (2, T), image tokens (2, N), images (2, 3, 384, 384)."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(n_codes, (len(PROMPTS), n_image), generator=generator)
     x = from_pixels(pairworld(1, "train", 0).images[0].repeat(12, 1).repeat(12, 2))
@@ -148,13 +148,19 @@ def inputs(text, n_image, n_codes, device):
     return ids.to(device), tokens.to(device), x.to(device)
 
 
+def attended(ids, pad):
+    """Prompts (B, T) -> bool (B, T), False for the padding at the end."""
+    slot = torch.arange(ids.shape[1], device=ids.device)
+    return slot < m.prompt_lengths(ids, pad)[:, None]
+
+
 @torch.no_grad()
 def our_numbers(vq, model, device, greedy):
     """What is compared, by us: {name: tensor on the CPU}."""
     ids, tokens, x = inputs(model.text, model.cfg.n_image, model.cfg.image_vocab, device)
     embedded = model.embed_text(ids)
-    hidden = model.hidden(embedded, m.full_mask(ids, model.cfg.pad, ids.shape[1]))
-    out = {"text embedding": embedded, "hidden states": hidden[m.prompt_mask(ids, model.cfg.pad)]}
+    hidden = model.hidden(embedded, m.rope_table(model.cfg, ids.shape[1], device))
+    out = {"text embedding": embedded, "hidden states": hidden[attended(ids, model.cfg.pad)]}
     cond = model.gen_head(m.image_hidden(model, ids, tokens)).view(*tokens.shape, -1)
     uncond = model.gen_head(m.empty_hidden(model, ids, tokens, None)).view(*tokens.shape, -1)
     for w in WEIGHTS:
@@ -174,7 +180,7 @@ def their_numbers(net, text, device, greedy):
     """The same by transformers. Each prompt alone, without padding; codes looked up on the unit
     sphere, as in the original."""
     ids, tokens, x = inputs(text, 576, 16384, device)
-    mask = m.prompt_mask(ids, text.pad)
+    mask = attended(ids, text.pad)
     hidden = net.model.language_model(
         input_ids=ids,
         attention_mask=mask.long(),

@@ -12,7 +12,7 @@ The first step builds a small random checkpoint of the official classes (VQ-16 a
 three layers), saves it as theirs are saved, and writes what the original makes of it: the prompts'
 ids, image codes and images, logits of both branches, greedy tokens with guidance, every prompt
 alone, without padding and mask, as generation_inference.py has it. The second step loads the folder
-with extras/janus.py and compares, with the prompts in one left-padded batch. It takes a minute on
+with extras/janus.py and compares, with the prompts in one padded batch. It takes a minute on
 two cores and prints JSON."""
 
 import argparse
@@ -233,7 +233,7 @@ def compare(folder):
     cond = model.gen_head(m.image_hidden(model, ids, tokens)).view(*tokens.shape, -1)  # (B, N, V)
     uncond = model.gen_head(m.empty_hidden(model, ids, tokens, None)).view(*tokens.shape, -1)
     report |= {
-        "padding in the batch": (~m.prompt_mask(ids, model.cfg.pad)).sum(1).tolist(),
+        "padding in the batch": (ids.shape[1] - m.prompt_lengths(ids, model.cfg.pad)).tolist(),
         "greedy tokens that differ": (ours != tokens).sum().item(),
         "of tokens": tokens.numel(),
         "distinct tokens": tokens.unique().numel(),

@@ -88,10 +88,10 @@ def test_every_caption_fits_the_default_context(train):
     assert max(len(text_tokens.encode(prompt)) + 2 for prompt in train.flat_prompts()) <= 48
 
 
-def test_prompts_are_padded_on_the_left():
+def test_prompts_are_padded_at_the_end():
     rows = text_tokens.encode_prompts(["one red circle", None], max_len=48)
     assert rows.dtype == np.int64
-    assert rows.tolist() == [[1, *text_tokens.encode("one red circle"), 2], [0, 0, 0, 1, 2]]
+    assert rows.tolist() == [[1, *text_tokens.encode("one red circle"), 2], [1, 2, 0, 0, 0]]
 
 
 def test_a_dropped_prompt_is_the_empty_one():

@@ -30,7 +30,7 @@ import sample
 import train
 from common import UserError, load_weights, save_weights
 from extras.draw_world import write_pairs
-from extras import janus, judges, memory, plots
+from extras import janus, judges, memory, peers, plots
 from extras.janus import BOI, BOS, PAD, JanusText
 from pairworld import pairworld
 from reward import Judge, JudgeConfig, save_judges
@@ -256,13 +256,13 @@ def test_ids_are_looked_up_by_name(tmp_path):
     assert a.pad != b.pad == tok.token_to_id(PAD)
 
 
-def test_prompts_are_padded_on_the_left_and_dropped_ones_between_the_ends(folders):
+def test_prompts_are_padded_at_the_end_and_dropped_ones_between_the_ends(folders):
     text = JanusText(folders["transformers"] / "tokenizer.json")
     plain = text.encode_prompts(PROMPTS, 99)
     dropped = text.encode_prompts(PROMPTS, 99, [False, True, True])
     for prompt, row in zip(PROMPTS, plain):
         ids = text.encode(prompt)
-        assert row.tolist() == [text.pad] * (len(row) - len(ids)) + ids
+        assert row.tolist() == ids + [text.pad] * (len(row) - len(ids))
     assert (plain[0] == dropped[0]).all()
     empty = m.empty_like(torch.from_numpy(plain), text.pad)
     assert torch.from_numpy(dropped)[1:].equal(empty[1:])
@@ -270,21 +270,20 @@ def test_prompts_are_padded_on_the_left_and_dropped_ones_between_the_ends(folder
         text.encode_prompts(PROMPTS, 9)
 
 
-def test_the_empty_prompt_is_the_official_one_also_under_left_padding(folders):
+def test_the_empty_prompt_is_the_official_one_also_in_a_padded_batch(folders):
     """generation_inference.py: tokens[i, 1:-1] = pad_id, for one prompt without padding. In a
     padded row that line would wipe out BOS. Each row must be as it is alone."""
     text = JanusText(folders["transformers"] / "tokenizer.json")
     batch = prompt_ids(text)
     empty = m.empty_like(batch, text.pad)
-    mask = m.prompt_mask(batch, text.pad)
-    for prompt, row, seen in zip(PROMPTS, empty, mask):
+    lengths = m.prompt_lengths(batch, text.pad)
+    for prompt, row, length in zip(PROMPTS, empty, lengths):
         official = torch.tensor(text.encode(prompt))
         official[1:-1] = text.pad
-        n_pad = len(row) - len(official)
-        assert row[n_pad:].equal(official) and (row[:n_pad] == text.pad).all()
-        assert seen.tolist() == [False] * n_pad + [True] * len(official)
+        assert length == len(official)
+        assert row[:length].equal(official) and (row[length:] == text.pad).all()
     # The padding inside is attended to, as in the official code.
-    assert m.prompt_mask(empty, text.pad).equal(mask)
+    assert m.prompt_lengths(empty, text.pad).equal(lengths)
 
 
 @pytest.mark.parametrize(
@@ -324,26 +323,27 @@ def official_logits(net, ids, tokens, pad, guidance):
 def test_text_embeddings_and_hidden_states(net, ours):
     vq, model = ours
     ids = prompt_ids(model.text)
-    mask = m.prompt_mask(ids, model.cfg.pad)
+    slot = torch.arange(ids.shape[1])
+    mask = slot < m.prompt_lengths(ids, model.cfg.pad)[:, None]
     embedded = model.embed_text(ids)
     assert embedded.equal(net.get_input_embeddings()(ids))
     theirs = net.model.language_model(
         input_ids=ids,
         attention_mask=mask.long(),
-        position_ids=torch.arange(ids.shape[1])[None],
+        position_ids=slot[None],
         use_cache=False,
     ).last_hidden_state
-    hidden = model.hidden(embedded, m.full_mask(ids, model.cfg.pad, ids.shape[1]))
+    hidden = model.hidden(embedded, m.rope_table(model.cfg, ids.shape[1], ids.device))
     torch.testing.assert_close(hidden[mask], theirs[mask], **CLOSE)
     codes = torch.arange(128)[None]
     expected = net.prepare_embeddings_for_image_generation(codes)
-    torch.testing.assert_close(model.embed_images(codes), expected, **CLOSE)
+    torch.testing.assert_close(model.embed_images(codes, torch.arange(128)), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @torch.no_grad()
 def test_image_logits_with_and_without_guidance(net, ours, guidance):
-    """Of a left-padded batch, against each prompt alone."""
+    """Of a padded batch, against each prompt alone."""
     _, model = ours
     ids = prompt_ids(model.text)
     tokens = random_codes(3)
@@ -369,10 +369,11 @@ def greedy(model, prompts):
 
 def greedy_of_transformers(net, text, prompts):
     ids = prompt_ids(text, prompts)
+    ids, mask = peers.left_padded(ids, m.prompt_lengths(ids, text.pad))
     net.generation_config.generation_kwargs = {"boi_token_id": text.boi}
     return net.generate(
         ids,
-        attention_mask=m.prompt_mask(ids, text.pad).long(),
+        attention_mask=mask.long(),
         generation_mode="image",
         do_sample=False,
         guidance_scale=5.0,

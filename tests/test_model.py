@@ -4,6 +4,7 @@ as little as possible."""
 import json
 import math
 from dataclasses import asdict, replace
+from functools import cache
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ CFG = m.ModelConfig(
 )
 EMPTY = torch.tensor([[1, 2]])
 EQUAL = torch.tensor([[1, 5, 6, 7, 2], [1, 9, 6, 4, 2]])
-PADDED = torch.tensor([[1, 5, 6, 7, 2], [0, 0, 1, 9, 2], [0, 1, 5, 8, 2]])
+PADDED = torch.tensor([[1, 5, 6, 7, 2], [1, 9, 2, 0, 0], [1, 5, 8, 2, 0]])
 PROMPTS = pytest.mark.parametrize("prompts", [EQUAL, PADDED], ids=["equal", "padded"])
 GUIDANCE = pytest.mark.parametrize("guidance", [1.0, 3.0])
 # mean |re-scored - sampled| in nats and per unit of guidance, under bf16 autocast; see the test
@@ -77,8 +78,10 @@ def last_logits(net, prompt, tokens):
     no mask, batch of one."""
     x = net.embed_tokens(prompt[prompt != CFG.pad][None])
     if len(tokens):
-        x = torch.cat([x, net.embed_images(torch.tensor(tokens)[None])], 1)
-    return net.gen_head(net.hidden(x, None)[0, -1])
+        number = torch.arange(len(tokens))
+        x = torch.cat([x, net.embed_images(torch.tensor(tokens)[None], number)], 1)
+    rope = m.rope_table(net.cfg, x.shape[1], x.device)
+    return net.gen_head(net.hidden(x, rope)[0, -1])
 
 
 def slow_policy(net, prompt, tokens, guidance, temperature):
@@ -95,10 +98,10 @@ def slow_generate(net, prompts, samples, guidance, temperature, generator):
     rows = [p for p in prompts for _ in range(samples)]
     tokens, logprobs = [[] for _ in rows], [[] for _ in rows]
     for _ in range(CFG.n_image):
-        noise = torch.empty(len(rows), CFG.image_vocab).exponential_(generator=generator)
+        noise = torch.rand(len(rows), generator=generator)
         for i, prompt in enumerate(rows):
             p = slow_policy(net, prompt, tokens[i], guidance, temperature)
-            token = (p / noise[i]).argmax().item()
+            token = torch.searchsorted(p.double().cumsum(0), noise[i].double(), right=True).item()
             tokens[i].append(token)
             logprobs[i].append(p[token].log().item())
     return torch.tensor(tokens), torch.tensor(logprobs)
@@ -126,21 +129,23 @@ def test_cached_decoding_samples_what_the_full_forward_samples(net, prompts, gui
     assert len(fast.unique(dim=0)) > len(prompts)  # the samples of a prompt do differ
 
 
-def test_noise_of_exactly_zero_does_not_draw_an_impossible_token(net, monkeypatch):
-    """On MPS exponential_ returns exact zeros, 3.3e-8 an element. -log(0) is infinite and won every
-    argmax, whatever the token's probability: 27 % of Janus' images had such a token."""
-    def zero_for_the_unlikeliest(noise, generator=None):
-        return noise.fill_(1.0).index_fill_(-1, unlikeliest, 0.0)
+def test_noise_of_exactly_zero_or_one_does_not_draw_an_impossible_token(net, monkeypatch):
+    """On MPS exponential_ returned exact zeros, 3.3e-8 an element, which won every argmax of the
+    former sampler, whatever the token's probability: 27 % of Janus' images had such a token. The
+    smallest noise must draw the first possible token, and the largest, though torch.rand promises
+    to stay below 1, a token that exists."""
     model = m.ImageModel(net.cfg)
-    model.gen_head[2].bias.data[3] = -60.0
-    unlikeliest = torch.tensor([3])
-    monkeypatch.setattr(torch.Tensor, "exponential_", zero_for_the_unlikeliest)
-    tokens, _ = m.generate(model, torch.tensor([[1, 5, 2]]), torch.tensor([[1, 2]]), 4)
-    assert (tokens != 3).all()
+    model.gen_head[2].bias.data[:3] = -200.0                # their probability is 0 in fp32
+    for noise, expected in ((0.0, 3), (1.0, CFG.image_vocab - 1)):
+        def rand(*shape, noise=noise, **_):
+            return torch.full(shape, noise)
+        monkeypatch.setattr(torch, "rand", rand)
+        tokens, logprobs = m.generate(model, torch.tensor([[1, 5, 2]]), EMPTY, 4)
+        assert (tokens == expected).all() and logprobs.isfinite().all()
 
 
 def test_sampling_follows_the_distribution_that_it_reports(net):
-    """The Gumbel race draws from softmax: the frequencies of the first token against its
+    """Inverse sampling draws from softmax: the frequencies of the first token against its
     probabilities, 4 sigma."""
     n = 4000
     prompt, p = EQUAL[:1], last_logits(net, EQUAL[0], []).softmax(-1)
@@ -179,9 +184,9 @@ def test_sampling_in_parts_is_bounded_and_reports_the_logprobs_that_it_sampled(
     """batch bounds the sequences, and so the key-value caches, that live at once."""
     rows_of_caches, original = [], m.new_caches
 
-    def new_caches(model, rows, length):
+    def new_caches(model, rows, slots):
         rows_of_caches.append(rows)
-        return original(model, rows, length)
+        return original(model, rows, slots)
 
     monkeypatch.setattr(m, "new_caches", new_caches)
     tokens, logprobs = m.generate(net, prompts, EMPTY, 4, guidance, 0.7, seeded(7), batch=4)
@@ -269,7 +274,7 @@ def test_the_model_itself_says_in_which_precision_it_computes(net):
 
 
 @GUIDANCE
-def test_left_padding_changes_nothing(net, guidance):
+def test_padding_changes_nothing(net, guidance):
     tokens = random_tokens(3, 9)
     batched = m.score(net, PADDED, tokens, EMPTY, guidance)
     for i, prompt in enumerate(PADDED):
@@ -428,7 +433,7 @@ def test_prompt_divergence_is_jensen_shannon_symmetric_and_bounded(net):
     assert d.allclose(m.prompt_divergence(net, twins, prompts, tokens), atol=1e-6)
     assert (d >= 0).all() and (d <= math.log(2) + 1e-6).all() and d.max() > 0.01
     # twins may be padded to another length
-    assert d.allclose(m.prompt_divergence(net, prompts, twins[:, 1:], tokens), atol=1e-5)
+    assert d.allclose(m.prompt_divergence(net, prompts, twins[:, :-1], tokens), atol=1e-5)
 
 
 def test_prompt_divergence_of_a_prompt_with_itself_is_zero(net):
@@ -496,36 +501,175 @@ def test_prompt_divergence_depends_on_the_prefix_alone(net):
     assert (after - before)[:, 5:].abs().max() > 1e-4
 
 
-# --- masks
+# --- prompts, padding, attention
 
 
-def test_no_mask_is_made_where_no_prompt_is_padded():
-    """None is what lets flash attention run."""
-    assert m.full_mask(EQUAL, CFG.pad, 12) is None
-
-
-def test_the_mask_of_padded_prompts_against_its_definition():
-    mask = m.full_mask(PADDED, CFG.pad, 8)
-    assert mask.shape == (3, 1, 8, 8)
-    for b in range(3):
-        for query in range(8):
-            for key in range(8):
-                is_token = key >= 5 or PADDED[b, key] != CFG.pad
-                attends = (key <= query and is_token) or key == query
-                assert mask[b, 0, query, key] == attends
-
-
-def test_the_prompt_mask_ends_at_the_first_token():
-    """Padding after it is Janus' empty prompt, which is attended to."""
-    prompts = torch.tensor([[0, 0, 1, 9, 2], [0, 1, 0, 0, 2]])
-    expected = [[False, False, True, True, True], [False, True, True, True, True]]
-    assert m.prompt_mask(prompts, CFG.pad).tolist() == expected
+def test_the_length_of_a_prompt_ends_at_its_last_token():
+    """Padding before it is Janus' empty prompt, which is attended to."""
+    prompts = torch.tensor([[1, 9, 2, 0, 0], [1, 0, 0, 2, 0], [1, 2, 0, 0, 0], [1, 5, 6, 7, 2]])
+    assert m.prompt_lengths(prompts, CFG.pad).tolist() == [3, 4, 2, 5]
 
 
 def test_the_empty_prompt_of_janus_keeps_first_and_last_token_and_length():
     """Official code: generation_inference.py, tokens[i, 1:-1] = pad_id."""
-    expected = [[1, 0, 0, 0, 2], [0, 0, 1, 0, 2], [0, 1, 0, 0, 2]]
+    expected = [[1, 0, 0, 0, 2], [1, 0, 2, 0, 0], [1, 0, 0, 2, 0]]
     assert m.empty_like(PADDED, CFG.pad).tolist() == expected
+
+
+def calls_of_attention(monkeypatch, net, work):
+    """What `work` gives to SDPA: (number of queries, whether there is a mask, is_causal)."""
+    calls = []
+    original = m.F.scaled_dot_product_attention
+
+    def record(q, k, v, attn_mask=None, is_causal=False):
+        calls.append((q.shape[2], attn_mask is not None, is_causal))
+        return original(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+
+    monkeypatch.setattr(m.F, "scaled_dot_product_attention", record)
+    work(net)
+    monkeypatch.undo()
+    return calls
+
+
+@GUIDANCE
+@pytest.mark.parametrize("empty", [EMPTY, None], ids=["PairWorld", "Janus"])
+def test_no_forward_over_whole_sequences_has_a_mask(net, guidance, empty, monkeypatch):
+    """A mask keeps flash attention from running. With padding on the left all of these had one, and
+    0 of 3000 rollouts were without."""
+    tokens = random_tokens(3, 22)
+    how = dict(empty=empty, guidance=guidance)
+    branches = 1 if guidance == 1 else 2
+    layers, whole = CFG.n_layer, PADDED.shape[1] + CFG.n_image - 1
+
+    def update(model):
+        m.score(model, PADDED, tokens, **how)[0].sum().backward()
+        model.zero_grad()
+
+    def reference(model):
+        with torch.no_grad():
+            m.score(model, PADDED, tokens, **how)
+
+    def divergence(model):
+        m.prompt_divergence(model, PADDED, PADDED.flip(0), tokens, **how)
+
+    for work, forwards in ((update, branches), (reference, branches), (divergence, 2 * branches)):
+        calls = calls_of_attention(monkeypatch, net, work)
+        assert len(calls) == forwards * layers
+        assert all(not mask and causal for _, mask, causal in calls)
+        assert calls[0][0] == whole
+    # In sampling the prompts alone are whole sequences; in fp32 a step does without SDPA.
+    calls = calls_of_attention(monkeypatch, net, lambda model: m.generate(model, PADDED, samples=2,
+                                                                          **how))
+    assert calls == [(PADDED.shape[1], False, True)] * layers
+
+
+# --- one step for all tokens
+
+
+@pytest.fixture
+def running(net):
+    """Sets how the module's model decodes, and takes it back."""
+    yield lambda how: setattr(net, "running", how)
+    net.running, net.graphed = "eager", None
+
+
+@GUIDANCE
+def test_a_graph_replays_the_step_on_tensors_that_stay_where_they_are(
+    net, running, guidance, monkeypatch
+):
+    """No GPU here: a replay calls the captured function again, and writes what it returns into the
+    tensors that the capture returned, as a graph does."""
+    from extras import cuda_graph
+
+    captured = []
+
+    def capture(function):
+        out = function()
+        captured.append(out)
+
+        def replay():
+            for old, new in zip(out, function()):
+                old.copy_(new)
+        return replay, out
+
+    monkeypatch.setattr(cuda_graph, "capture", capture)
+    how = dict(empty=EMPTY, samples=2, guidance=guidance, batch=4)
+    eager = [m.generate(net, PADDED, generator=seeded(s), **how) for s in (1, 2)]
+    running("graph")
+    first = m.generate(net, PADDED, generator=seeded(1), **how)
+    graphs = len(captured)
+    second = m.generate(net, PADDED, generator=seeded(2), **how)
+    for (tokens, logprobs), (expected, expected_logprobs) in zip((first, second), eager):
+        assert tokens.equal(expected) and logprobs.allclose(expected_logprobs, atol=1e-5)
+    # 5 + 9 slots are one bucket of keys; the short last batch and the second call are no new ones
+    assert graphs == len(captured) == 1
+
+    # The weights of an optimizer's step are read, in place.
+    with torch.no_grad():
+        net.gen_aligner[2].bias.add_(0.5)
+        third = m.generate(net, PADDED, generator=seeded(1), **how)
+        running("eager")
+        expected = m.generate(net, PADDED, generator=seeded(1), **how)
+        net.gen_aligner[2].bias.sub_(0.5)
+    assert third[0].equal(expected[0]) and not third[0].equal(first[0])
+    assert len(captured) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_a_graph_in_bf16_has_weights_of_its_own_that_follow_the_policy(net, running, monkeypatch):
+    from extras import cuda_graph
+
+    monkeypatch.setattr(cuda_graph, "capture", lambda function: (lambda: None, function()))
+    net.bf16 = True
+    try:
+        running("graph")
+        m.generate(net, PADDED, EMPTY, 2, generator=seeded(1))
+        copy = net.graphed.model
+        weight = net.layers[0].mlp.down_proj.weight
+        assert copy.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+        assert copy.gen_head[2].weight.dtype == torch.float32
+        assert copy.norm.weight.data_ptr() == net.norm.weight.data_ptr()
+        with torch.no_grad():
+            weight.mul_(1.5)
+            m.generate(net, PADDED, EMPTY, 2, generator=seeded(1))
+            assert net.graphed.model is copy
+            assert copy.layers[0].mlp.down_proj.weight.equal(weight.bfloat16())
+            weight.div_(1.5)
+    finally:
+        net.bf16 = False
+
+
+def test_compiled_once_for_all_steps_prompts_and_models(monkeypatch):
+    """One graph for decoding and two for scoring, with gradients and without, for two batches, two
+    lengths of prompts, a policy and its reference. Python integers in the step, or masks by length,
+    made dynamo compile anew until it gave up."""
+    torch._dynamo.reset()
+    counted = []
+
+    def backend(graph, inputs):
+        counted.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(m, "compiled", cache(lambda function: torch.compile(
+        function, fullgraph=True, dynamic=True, backend=backend)))
+    policy, reference = sharp(CFG), sharp(CFG)
+    for n_prompts, length in ((3, 5), (2, 4)):
+        prompts = PADDED[:n_prompts, :length].clone()
+        rows = prompts.repeat_interleave(2, 0)
+        eager = m.generate(policy, prompts, EMPTY, 2, generator=seeded(4))
+        expected = m.score(policy, rows, eager[0])[0]
+        policy.running = reference.running = "compile"
+        for model in (policy, reference):
+            tokens, logprobs = m.generate(model, prompts, EMPTY, 2, generator=seeded(4))
+            assert tokens.equal(eager[0]) and logprobs.allclose(eager[1], atol=1e-5)
+            with torch.no_grad():
+                assert m.score(model, rows, tokens)[0].allclose(expected, atol=1e-5)
+        scored = m.score(policy, rows, tokens)[0]
+        scored.sum().backward()
+        assert scored.allclose(expected, atol=1e-5)
+        policy.running = reference.running = "eager"
+    assert len(counted) == 3
+    torch._dynamo.reset()
 
 
 def test_guidance_of_one_is_the_conditional_branch():
