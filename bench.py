@@ -1,108 +1,209 @@
-"""How fast the parts are: random weights at the size of preset tiny, the median of several rounds.
+"""How fast sampling and training are, beside what a user would run instead, and beside the floor.
 
-    python bench.py             # a table
-    python bench.py --json      # the same, and a last line of JSON
+    python bench.py                                     # the size of preset tiny, 96 images
+    python bench.py --geometry mid --images 14          # 8 layers of width 512, 256 tokens
+    python bench.py --geometry janus-1b --json          # for a GPU; a last line of JSON
 
-The parts are those of one PPO rollout and update (`train.py --stage ppo`). images/s counts its
-pairs * 2 * samples images.
+Random weights, guidance 5, medians of rounds in which all take turns. The columns:
+
+    ms, images/s, ms/step   ours; a step is one of the N tokens
+    floor                   our time over the least possible: bytes that have to be read over the
+                            copy rate, or operations over the rate of a large matrix product,
+                            whichever takes longer, both rates measured in this process
+    transformers            Janus' `generate` in transformers: its time over ours
+    official                the official release's loop (extras/peers.py): its time over ours
 """
 import argparse
 import json
+import statistics
 import sys
 import time
 
-import numpy as np
 import torch
 
-from common import UserError, pick_device
-from model import ImageModel, ModelConfig, empty_ids, generate, score
+from common import UserError, pick_device, uses_bf16
+from model import ImageModel, ModelConfig, empty_ids, generate, how_to_run, prompt_lengths
+from model import score
 from pairworld import pairworld
-from reward import Judge, JudgeConfig, NetworkJudge
-from tokenizer import VQConfig, VQModel, decode_ids, encode_images
-from train import PPO, Pretrain, Reward, Tokenizer
+from train import PPO, Pretrain
+
+GUIDANCE = 5.0
+# deepseek-ai/Janus-Pro-*, config.json: language_config
+JANUS = dict(text_vocab=102400, image_vocab=16384, n_text=16384, n_image=576, code_dim=8,
+             image_positions=False)
+GEOMETRIES = {
+    "tiny": ModelConfig(**{name: getattr(Pretrain(), name)
+                           for name in ("n_layer", "n_head", "n_embd", "n_ffn")}),
+    "mid": ModelConfig(n_layer=8, n_head=8, n_embd=512, n_ffn=1408, n_image=256),
+    "janus-1b": ModelConfig(n_layer=24, n_head=16, n_embd=2048, n_ffn=5632, **JANUS),
+    "janus-7b": ModelConfig(n_layer=30, n_head=32, n_embd=4096, n_ffn=11008, **JANUS),
+}
 
 
-def median_seconds(function, device, rounds):
-    """Median wall time of a call, after one that does not count. Waits for the device before and
-    after."""
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    times = []
-    for _ in range(rounds + 1):
-        wait()
-        start = time.perf_counter()
-        function()
-        wait()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def parts_of_a_rollout(device):
-    """{name: a call}, the number of images, and the model."""
-    cfg = PPO()
-    pre = Pretrain()
-    size = Tokenizer()
+def seconds(function, device):
+    wait(device)
+    start = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def medians(functions, device, rounds):
+    """{name: a call} -> {name: median seconds}. In each round all take turns, so that a machine
+    that gets slower does so for all of them. The first round does not count."""
+    times = {name: [] for name in functions}
+    for n in range(rounds + 1):
+        for name, function in functions.items():
+            times[name].append(seconds(function, device))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def models(cfg, device, dtype, compile):
+    """Our model of random weights, and the peers', which is None without transformers."""
     torch.manual_seed(0)
-    codes = dict(codebook_size=size.codebook_size, codebook_dim=size.codebook_dim)
-    vq = VQModel(VQConfig(ch=size.ch, **codes)).to(device).eval()
-    shape = dict(n_layer=pre.n_layer, n_head=pre.n_head, n_embd=pre.n_embd, n_ffn=pre.n_ffn)
-    tokens_of = dict(n_text=pre.n_text, n_image=vq.cfg.grid ** 2)
-    codes_of = dict(image_vocab=size.codebook_size, code_dim=size.codebook_dim)
-    model = ImageModel(ModelConfig(**shape, **tokens_of, **codes_of)).to(device)
-    judge = NetworkJudge(Judge(JudgeConfig(width=Reward().width)), device)
+    bf16 = uses_bf16(dtype, device)
+    model = ImageModel(cfg).to(device).eval()
+    model.bf16 = bf16
+    model.running = how_to_run(compile, device)
+    try:
+        from extras.peers import transformers_janus
+        peer = transformers_janus(cfg, device)
+    except UserError as e:
+        print(e)
+        return model, None
+    return model, peer.bfloat16() if bf16 else peer
 
-    pairs = pairworld(cfg.pairs, "train", 0)
-    prompts = [prompt for prompt in pairs.flat_prompts() for _ in range(cfg.samples)]
-    images = pairs.images.reshape(-1, 32, 32, 3).repeat(cfg.samples, 0)         # (B, 32, 32, 3)
-    tokens = encode_images(vq, images, device)                                  # (B, N)
-    prompt_ids = model.prompt_ids(prompts)                                      # (B, T)
-    distinct = prompt_ids[::cfg.samples]
+
+def calls(model, peer, n, device):
+    """{(row, who): a call} for n images: two a pair of prompts, as many of each as fit."""
+    samples = PPO.samples if n % PPO.samples == 0 else 1
+    prompts = pairworld(-(-n // (2 * samples)), "train", 0).flat_prompts()[:n // samples]
+    distinct = model.prompt_ids(prompts)                                        # (R, T)
+    ids = distinct.repeat_interleave(samples, 0)                                # (B, T)
+    tokens = torch.randint(model.cfg.image_vocab, (n, model.cfg.n_image), device=device)
     empty = empty_ids(model)
 
-    def update(guidance):
-        model.zero_grad(set_to_none=True)
-        score(model, prompt_ids, tokens, empty, guidance)[0].mean().backward()
+    def ours(guidance, learn):
+        with torch.set_grad_enabled(learn):
+            logprobs, _ = score(model, ids, tokens, empty, guidance)
+        if learn:
+            logprobs.mean().backward()
+            model.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
-    def score_again():
-        score(model, prompt_ids, tokens)
-
-    parts = {
-        "encode": lambda: encode_images(vq, images, device),
-        "decode": lambda: decode_ids(vq, tokens),
-        "rollout": lambda: generate(model, distinct, empty, cfg.samples),
-        "rollout, guided": lambda: generate(model, distinct, empty, cfg.samples, 2.0),
-        "score": score_again,
-        "update": lambda: update(1.0),
-        "update, guided": lambda: update(2.0),
-        "judge": lambda: judge.score(images, prompts),
+    found = {
+        ("rollout", "ours"): lambda: generate(model, distinct, empty, samples),
+        ("rollout, guided", "ours"): lambda: generate(model, distinct, empty, samples, GUIDANCE),
+        ("score", "ours"): lambda: ours(1.0, False),
+        ("score, guided", "ours"): lambda: ours(GUIDANCE, False),
+        ("update", "ours"): lambda: ours(1.0, True),
+        ("update, guided", "ours"): lambda: ours(GUIDANCE, True),
     }
-    return parts, len(images), model
+    if peer is None:
+        return found, ids
+    from extras import peers
+    padded = peers.left_padded(ids, prompt_lengths(ids, model.cfg.pad))
+
+    def theirs(learn):
+        with torch.set_grad_enabled(learn):
+            logprobs = peers.official_score(peer, *padded, tokens, GUIDANCE)
+        if learn:
+            logprobs.mean().backward()
+            peer.zero_grad(set_to_none=True)
+
+    found |= {
+        ("rollout, guided", "transformers"):
+            lambda: peers.transformers_rollout(peer, *padded, GUIDANCE),
+        ("rollout, guided", "official"): lambda: peers.official_rollout(peer, *padded, GUIDANCE),
+        ("score, guided", "official"): lambda: theirs(False),
+        ("update, guided", "official"): lambda: theirs(True),
+    }
+    return found, ids
+
+
+def floors(model, ids, device):
+    """{row: seconds that the machine needs for what cannot be left out}: reading weights, keys and
+    values once a step, and the products with weights, two operations each. Attention's products,
+    norms and all that is done an element at a time count as nothing."""
+    cfg, n = model.cfg, model.cfg.n_image
+    weights = sum(module.weight.numel() for module in model.modules()
+                  if isinstance(module, torch.nn.Linear))
+    size = 2 if model.bf16 else 4
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    text = prompt_lengths(ids, cfg.pad).sum().item()                # tokens of all prompts
+    empty = 2 * len(ids) if model.text.empty else text
+
+    side = 4096 if device.type == "cuda" else 1024
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    rates = medians({"product": lambda: square @ square}, device, 9)
+    operations = 2 * side ** 3 / rates["product"]                   # a second
+
+    def step_bytes(guidance):
+        slots = text / len(ids) + n / 2                             # keys of a row, on average
+        rows = len(ids) * (1 if guidance == 1 else 2)
+        return size * (weights + 2 * cfg.n_layer * cfg.n_embd * slots * rows)
+
+    found = {}
+    for guidance, name in ((1.0, ""), (GUIDANCE, ", guided")):
+        branches = 1 if guidance == 1 else 2
+        read = step_bytes(guidance)
+        half = torch.zeros(int(read / size / 2), device=device, dtype=dtype)
+        other = torch.zeros_like(half)              # a copy reads one half and writes the other
+        copy = medians({"copy": lambda: other.copy_(half)}, device, 9)["copy"]
+        arithmetic = 2 * weights * len(ids) * branches / operations
+        found["rollout" + name] = n * max(copy, arithmetic)
+        sequence = text + (n - 1) * len(ids)
+        if guidance != 1:
+            sequence += empty + (n - 1) * len(ids)
+        found["score" + name] = 2 * weights * sequence / operations
+        found["update" + name] = 3 * found["score" + name]
+    return found
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds a part (5)")
+    parser.add_argument("--geometry", choices=list(GEOMETRIES), default="tiny")
+    parser.add_argument("--images", type=int, default=96, help="images at once (96)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--compile", choices=["auto", "off", "on"], default="auto",
+                        help="as of train.py --stage ppo")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args(argv)
+    if args.images < 1 or args.rounds < 1:
+        raise UserError("--images and --rounds: should be positive")
     device = pick_device(args.device)
-    parts, n, model = parts_of_a_rollout(device)
-    report = {
-        "device": str(device),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "images": n,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    print(f"{device}, torch {torch.__version__}, {report['threads']} threads; {n} images of "
-          f"{model.cfg.n_image} tokens, model of {report['parameters']:,} parameters")
-    for name, function in parts.items():
-        seconds = median_seconds(function, device, args.rounds)
-        report[name] = {"ms": round(1000 * seconds, 1), "images_per_s": round(n / seconds, 1)}
-        print(f"{name:16} {1000 * seconds:9.1f} ms {n / seconds:10.0f} images/s")
+    cfg = GEOMETRIES[args.geometry]
+    model, peer = models(cfg, device, args.dtype, args.compile)
+    functions, ids = calls(model, peer, args.images, device)
+    n = len(ids)
+    floor = floors(model, ids, device)
+    times = medians(functions, device, args.rounds)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.geometry} on {device}, torch {torch.__version__}, {torch.get_num_threads()} "
+          f"threads; {n} images of {cfg.n_image} tokens, {parameters:,} parameters, "
+          f"{'bf16' if model.bf16 else 'fp32'}, {model.running}")
+    print(f"{'':16} {'ms':>9} {'images/s':>9} {'ms/step':>8} {'floor':>6} {'transformers':>13} "
+          f"{'official':>9}")
+    report = {"geometry": args.geometry, "device": str(device), "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "images": n, "running": model.running}
+    for row in floor:
+        ours = times[row, "ours"]
+        ratios = {who: times[row, who] / ours for who in ("transformers", "official")
+                  if (row, who) in times}
+        report[row] = {"ms": 1000 * ours, "images_per_s": n / ours, "over_floor": ours / floor[row],
+                       **ratios}
+        step = f"{1000 * ours / cfg.n_image:8.2f}" if "rollout" in row else " " * 8
+        shown = [f"{ratios[who]:.2f} x" if who in ratios else "-"
+                 for who in ("transformers", "official")]
+        print(f"{row:16} {1000 * ours:9.1f} {n / ours:9.1f} {step} {ours / floor[row]:6.1f} "
+              f"{shown[0]:>13} {shown[1]:>9}")
     if args.json:
         print(json.dumps(report))
 

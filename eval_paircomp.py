@@ -121,7 +121,7 @@ def image_chunks(model, vq, prompts, per_prompt, guidance, temperature, seed, ba
         generator = torch.Generator(device).manual_seed(int(state >> 1))
         ids = model.prompt_ids([prompts[i] for i in indices])
         tokens, _ = generate(model, ids, empty_ids(model), per_prompt, guidance, temperature,
-                             generator)                                 # (r*K, N)
+                             generator, batch)                          # (r*K, N)
         images = decode_ids(vq, tokens)
         yield indices, rearrange(images, "(r k) h w c -> r k h w c", k=per_prompt)
 

@@ -471,6 +471,12 @@ def run_settings(run, stage):
     return read_json(path, "config of the run").get(stage, {}) if path.is_file() else {}
 
 
+def how_to_run(compile, device):
+    """--compile -> ImageModel.running."""
+    automatic = "graph" if device.type == "cuda" else "eager"
+    return {"auto": automatic, "off": "eager", "on": "compile"}[compile]
+
+
 def load_policy(run, policy, device, dtype=None, compile="auto"):
     """A run folder, "pretrain" or "ppo" -> (tokenizer, model), in eval mode. UserError if they do
     not fit each other.
@@ -496,8 +502,7 @@ def load_policy(run, policy, device, dtype=None, compile="auto"):
     model.stored = {k: v.dtype for k, v in model.state_dict().items()}
     trained = run_settings(run, "ppo") or run_settings(run, "pretrain")
     model.bf16 = uses_bf16(dtype or trained.get("dtype", "auto"), device)
-    automatic = "graph" if device.type == "cuda" else "eager"
-    model.running = {"auto": automatic, "off": "eager", "on": "compile"}[compile]
+    model.running = how_to_run(compile, device)
     model.gen_head.float()
     return vq, model if model.bf16 else model.float()
 

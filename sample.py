@@ -104,7 +104,8 @@ def main(argv=None):
     sampling = dict(empty=empty_ids(model), guidance=args.guidance, temperature=args.temperature)
     ids = model.prompt_ids(args.prompt)
     generator = torch.Generator(device).manual_seed(args.seed)
-    tokens, _ = generate(model, ids, samples=args.n, generator=generator, batch=args.batch,
+    batch = min(args.batch, len(ids) * args.n)
+    tokens, _ = generate(model, ids, samples=args.n, generator=generator, batch=batch,
                          **sampling)                                    # (prompts*n, N)
     images = decode_ids(vq, tokens)
     scale = max(1, 160 // vq.cfg.image_size)

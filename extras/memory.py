@@ -21,20 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import GEOMETRIES
 from common import UserError
 from eval_paircomp import IMAGES_PER_PROMPT
-from model import ImageModel, ModelConfig, generate, score
+from model import ImageModel, generate, score
 from ppo import ppo_loss
 from tokenizer import VQConfig, VQModel, vq_batch_size
 from train import PPO, PRESETS
 
-# deepseek-ai/Janus-Pro-*, config.json: language_config
-GEOMETRY = dict(text_vocab=102400, image_vocab=16384, n_text=16384, n_image=576, code_dim=8)
-GEOMETRY |= dict(image_positions=False)
-JANUS = {
-    "1B": ModelConfig(n_layer=24, n_head=16, n_embd=2048, n_ffn=5632, **GEOMETRY),
-    "7B": ModelConfig(n_layer=30, n_head=32, n_embd=4096, n_ffn=11008, **GEOMETRY),
-}
+JANUS = {"1B": GEOMETRIES["janus-1b"], "7B": GEOMETRIES["janus-7b"]}
 GPUS = (24, 80, 141)  # their makers' GB, which are GiB
 PROMPT = 64  # tokens of a prompt
 SPARE = 1.5  # GiB
