@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
 from common import UserError, load_module, read_json, save_weights, uses_bf16
@@ -72,7 +71,7 @@ class Attention(nn.Module):
             cache[:, row, :, slot] = torch.stack([k, v], 1)[:, :, :, 0] # (B, 2, H, D)
             k, v = cache[:, :, :, :seen.shape[-1]]                      # (B, H, K, D) each
             out = attend(q, k, v, seen)
-        return self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
+        return self.o_proj(out.transpose(1, 2).flatten(2))              # (B, L, C)
 
 
 def attend(q, k, v, seen):
@@ -340,12 +339,13 @@ def decode(model, prompts, empty, samples, guidance, temperature, noise):
     noise (N, B) -> tokens (B, N), log-probs (B, N)."""
     n, t = model.cfg.n_image, prompts.shape[1]
     rows = noise.shape[1] * (1 if guidance == 1 else 2)
-    slots = round_up(t + n - 1, KEYS)
+    # One to spare: a compiled step would take a view of all slots for another case.
+    slots = round_up(t + n - 1, KEYS) + 1
     rope = rope_table(model.cfg, slots, prompts.device)
     if model.running == "graph":
         from extras.cuda_graph import graphed_step
         step = graphed_step(model, rows, slots, guidance, temperature)
-        caches = step.caches
+        model, caches = step.model, step.caches
     else:
         step = decode_step
         caches = new_caches(model, rows, slots)
@@ -399,7 +399,7 @@ def empty_hidden(model, prompts, tokens, empty):
     """`image_hidden` of the branch of the empty prompt."""
     if empty is None:
         return image_hidden(model, empty_like(prompts, model.cfg.pad), tokens)
-    return image_hidden(model, empty.expand(len(tokens), -1), tokens)
+    return image_hidden(model, empty.repeat(len(tokens), 1), tokens)
 
 
 def by_chunks(function, chunk, *rows):

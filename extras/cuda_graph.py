@@ -12,23 +12,26 @@ from torch import nn
 from model import ImageModel, decode_step, new_caches, rope_table
 
 
-def capture(function):
-    """A function without arguments -> (what replays it, what it returned, to be read after each
-    replay). It must not mind to be called more than once."""
+def capture(function, pool):
+    """A function without arguments, which may be called more than once -> (graph, what the function
+    returned: tensors that each replay fills anew). pool: another graph's memory, or None."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):       # libraries make their workspaces at the first call
         function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         out = function()
-    return graph.replay, out
+    return graph, out
 
 
 def sampling_copy(model):
     """A model whose linear layers are stored in the dtype that they multiply in: autocast would
-    cast fp32 weights anew in each replay. All other weights are the model's own tensors."""
+    cast fp32 weights anew in each replay. All other weights are the model's own tensors.
+
+    It wants no gradients: autocast keeps casts of weights that do until its context ends, and a
+    graph would go on reading them."""
     with torch.device("meta"):
         copy = ImageModel(model.cfg, model.text)
     tensors = {name: weight.detach() for name, weight in model.state_dict().items()}
@@ -36,7 +39,7 @@ def sampling_copy(model):
         if model.bf16 and isinstance(module, nn.Linear) and not name.startswith("gen_head"):
             tensors[f"{name}.weight"] = tensors[f"{name}.weight"].bfloat16()
     copy.load_state_dict(tensors, assign=True)
-    return copy
+    return copy.requires_grad_(False)
 
 
 class GraphedStep:
@@ -49,7 +52,7 @@ class GraphedStep:
         self.rope = rope_table(model.cfg, shape[1], model.embed_tokens.weight.device)
         self.caches = new_caches(model, *shape[:2])
         self.inputs = None
-        self.graphs = {}                # keys -> what `capture` returns
+        self.graphs = {}                # keys -> (graph, its tokens and log-probs)
 
     def read_weights(self, model):
         for own, weight in zip(self.model.parameters(), model.parameters()):
@@ -64,10 +67,12 @@ class GraphedStep:
         for buffer, x in zip(self.inputs, new):
             buffer.copy_(x)
         if keys not in self.graphs:
-            self.graphs[keys] = capture(lambda: decode_step(
-                self.model, self.caches, self.rope, *self.inputs, keys, guidance, temperature))
-        replay, drawn = self.graphs[keys]
-        replay()
+            pool = next((graph.pool() for graph, _ in self.graphs.values()), None)
+            arguments = (self.model, self.caches, self.rope, *self.inputs, keys, guidance,
+                         temperature)
+            self.graphs[keys] = capture(lambda: decode_step(*arguments), pool)
+        graph, drawn = self.graphs[keys]
+        graph.replay()
         return [x.clone() for x in drawn]
 
 

@@ -59,20 +59,20 @@ def transformers_rollout(net, prompts, mask, guidance):
         max_new_tokens=net.model.vision_model.config.num_image_tokens, use_cache=True)
 
 
-def doubled(net, prompts, mask):
+def doubled(net, prompts, mask, pad):
     """Each prompt and, in the next row, its empty one: embeddings (2B, T, C), mask (2B, T)."""
     empty = prompts.clone()
     for row, attended in zip(empty, mask):              # as the release does: a loop over rows
         first = int(torch.where(attended)[0][0])
-        row[first + 1:-1] = 0
+        row[first + 1:-1] = pad
     rows = torch.stack([prompts, empty], 1).flatten(0, 1)               # (2B, T)
     return net.get_input_embeddings()(rows), mask.repeat_interleave(2, 0).long()
 
 
 @torch.no_grad()
-def official_rollout(net, prompts, mask, guidance):
+def official_rollout(net, prompts, mask, guidance, pad=0):
     """prompts (B, T) padded on the left -> tokens (B, N)."""
-    x, mask = doubled(net, prompts, mask)
+    x, mask = doubled(net, prompts, mask, pad)
     cache = None
     tokens = []
     for _ in range(net.model.vision_model.config.num_image_tokens):
@@ -91,9 +91,9 @@ def official_rollout(net, prompts, mask, guidance):
     return torch.cat(tokens, 1)
 
 
-def official_score(net, prompts, mask, tokens, guidance):
+def official_score(net, prompts, mask, tokens, guidance, pad=0):
     """prompts (B, T) padded on the left, tokens (B, N) -> log-probs (B, N)."""
-    x, mask = doubled(net, prompts, mask)
+    x, mask = doubled(net, prompts, mask, pad)
     images = net.prepare_embeddings_for_image_generation(tokens.repeat_interleave(2, 0))
     x = torch.cat([x, images], 1)                                       # (2B, T+N, C)
     mask = torch.cat([mask, mask.new_ones(len(mask), tokens.shape[1])], 1)

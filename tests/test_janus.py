@@ -362,6 +362,23 @@ def test_image_logits_with_and_without_guidance(net, ours, guidance):
 
 
 @torch.no_grad()
+def test_the_official_loop_that_bench_times_is_the_same_policy(net, ours):
+    """A peer that computed something else, or less, would make the comparison worthless."""
+    _, model = ours
+    ids = prompt_ids(model.text)
+    tokens = random_codes(3)
+    padded = peers.left_padded(ids, m.prompt_lengths(ids, model.text.pad))
+    theirs = peers.official_score(net, *padded, tokens, 5.0, model.text.pad)
+    scored = m.score(model, ids, tokens, None, 5.0)[0]
+    torch.testing.assert_close(scored, theirs, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    drawn = peers.official_rollout(net, *padded, 5.0, model.text.pad)
+    assert drawn.shape == (3, 64) and drawn.unique().numel() > 20
+    # It draws likely tokens: far likelier than random ones.
+    assert m.score(model, ids, drawn, None, 5.0)[0].mean() > scored.mean() + 0.1
+
+
+@torch.no_grad()
 def greedy(model, prompts):
     ids = prompt_ids(model.text, prompts)
     return m.generate(model, ids, None, 1, 5.0, 1e-6, torch.Generator().manual_seed(0))[0]
