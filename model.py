@@ -310,10 +310,14 @@ def compiled(function):
 
 
 def compilable(function):
-    """A function whose first argument is a model, and which is compiled if the model says so."""
+    """A function whose first argument is a model, and which is compiled if the model says so. It is
+    given copies then, because dynamo would compile again for a view of another tensor."""
     @wraps(function)
     def call(model, *args):
-        return (compiled(function) if model.running == "compile" else function)(model, *args)
+        if model.running != "compile":
+            return function(model, *args)
+        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        return compiled(function)(model, *copies)
     return call
 
 
@@ -352,9 +356,8 @@ def decode(model, prompts, empty, samples, guidance, temperature, noise):
     h, lengths = prefill(model, prompts, empty, samples, guidance, rope, caches)
     drawn = [draw(model, h, noise[0], guidance, temperature)]
     for i in range(1, n):
-        # clone: a compiled step would not take row i of a larger tensor for any other row
-        drawn.append(step(model, caches, rope, drawn[-1][0], lengths + i - 1, lengths,
-                          noise[i].clone(), round_up(t + i, KEYS), guidance, temperature))
+        drawn.append(step(model, caches, rope, drawn[-1][0], lengths + i - 1, lengths, noise[i],
+                          round_up(t + i, KEYS), guidance, temperature))
     return [torch.stack(column, 1) for column in zip(*drawn)]           # (B, N) each
 
 
@@ -399,7 +402,7 @@ def empty_hidden(model, prompts, tokens, empty):
     """`image_hidden` of the branch of the empty prompt."""
     if empty is None:
         return image_hidden(model, empty_like(prompts, model.cfg.pad), tokens)
-    return image_hidden(model, empty.repeat(len(tokens), 1), tokens)
+    return image_hidden(model, empty.expand(len(tokens), -1), tokens)
 
 
 def by_chunks(function, chunk, *rows):
