@@ -785,8 +785,8 @@ def test_a_rollout_is_judged_while_the_base_model_scores_it(
     waited = []
 
     def wait_and_score(model, *args, **options):
-        if not waited:  # the first call of the rollout: the base model's
-            assert not any(p.requires_grad for p in model.parameters())
+        if not waited:  # the first call of the rollout: the base model's, without gradients
+            assert not torch.is_grad_enabled()
             deadline = time.time() + 30
             while len(seen(url)["requests"]) < before + 4 * 2 * 3:
                 assert time.time() < deadline
