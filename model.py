@@ -15,8 +15,8 @@ attention can run.
 Shapes: B sequences, T text tokens of the longest prompt, N image tokens, S slots of a sequence,
 V image codes, C width, H heads, D head width, R distinct prompts, G samples of each.
 """
+import functools
 from dataclasses import asdict, dataclass
-from functools import cache, wraps
 from pathlib import Path
 
 import torch
@@ -303,7 +303,7 @@ def draw(model, h, noise, guidance, temperature):
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
-@cache
+@functools.cache
 def compiled(function):
     """torch.compile, once for all models, batches and lengths of prompts."""
     return torch.compile(function, fullgraph=True, dynamic=True)
@@ -312,7 +312,7 @@ def compiled(function):
 def compilable(function):
     """A function whose first argument is a model, and which is compiled if the model says so. It is
     given copies then, because dynamo would compile again for a view of another tensor."""
-    @wraps(function)
+    @functools.wraps(function)
     def call(model, *args):
         if model.running != "compile":
             return function(model, *args)

@@ -13,7 +13,6 @@ Shapes: B sequences, T text tokens, N image tokens, V image codes.
 import torch
 
 from common import UserError
-from tokenizer import VQConfig
 
 
 def transformers_janus(cfg, device):
