@@ -1,15 +1,18 @@
 """How fast sampling and training are, beside what a user would run instead, and beside the floor.
 
     python bench.py                                     # the size of preset tiny, 96 images
-    python bench.py --geometry mid --images 14          # 8 layers of width 512, 256 tokens
-    python bench.py --geometry janus-1b --json          # for a GPU; a last line of JSON
+    python bench.py --geometry mid --images 12          # 8 layers of width 512, 256 tokens
+    python bench.py --geometry janus-1b --images 12 --json      # for a GPU; a last line of JSON
 
-Random weights, guidance 5, medians of rounds in which all take turns. The columns:
+Random weights; guidance 5 in the rows "guided", 1 in the others; medians of rounds in which all
+take turns. On CUDA our weights and head are fp32 and products bf16, all of the others' bf16. The
+second branch has PairWorld's empty prompt of two tokens, or as long as the prompt for the
+geometries of Janus and for the others. The columns:
 
     ms, images/s, ms/step   ours; a step is one of the N tokens
-    floor                   our time over the least possible: bytes that have to be read over the
-                            copy rate, or operations over the rate of a large matrix product,
-                            whichever takes longer, both rates measured in this process
+    floor                   our time over the least possible: operations over the rate of a large
+                            matrix product, or in rollouts bytes that have to be read over the
+                            copy rate if that takes longer, both rates measured in this process
     transformers            Janus' `generate` in transformers: its time over ours
     official                the official release's loop (extras/peers.py): its time over ours
 """
@@ -79,14 +82,21 @@ def models(cfg, device, dtype, compile):
     return model, peer.bfloat16() if bf16 else peer
 
 
+def empty_of(model):
+    return empty_ids(model) if model.cfg.image_positions else None      # Janus has no positions
+
+
 def calls(model, peer, n, device):
-    """{(row, who): a call} for n images: two a pair of prompts, as many of each as fit."""
+    """{(row, who): a call} for n images, PPO.samples of each prompt if that divides n, else one."""
     samples = PPO.samples if n % PPO.samples == 0 else 1
     prompts = pairworld(-(-n // (2 * samples)), "train", 0).flat_prompts()[:n // samples]
     distinct = model.prompt_ids(prompts)                                        # (R, T)
     ids = distinct.repeat_interleave(samples, 0)                                # (B, T)
     tokens = torch.randint(model.cfg.image_vocab, (n, model.cfg.n_image), device=device)
-    empty = empty_ids(model)
+    empty = empty_of(model)
+    guided = ImageModel(model.cfg).eval()       # the same weights; a CUDA graph of its own
+    guided.load_state_dict(model.state_dict(), assign=True)
+    guided.bf16, guided.running = model.bf16, model.running
 
     def ours(guidance, learn):
         with torch.set_grad_enabled(learn):
@@ -97,7 +107,7 @@ def calls(model, peer, n, device):
 
     found = {
         ("rollout", "ours"): lambda: generate(model, distinct, empty, samples),
-        ("rollout, guided", "ours"): lambda: generate(model, distinct, empty, samples, GUIDANCE),
+        ("rollout, guided", "ours"): lambda: generate(guided, distinct, empty, samples, GUIDANCE),
         ("score", "ours"): lambda: ours(1.0, False),
         ("score, guided", "ours"): lambda: ours(GUIDANCE, False),
         ("update", "ours"): lambda: ours(1.0, True),
@@ -132,10 +142,13 @@ def floors(model, ids, device):
     cfg, n = model.cfg, model.cfg.n_image
     weights = sum(module.weight.numel() for module in model.modules()
                   if isinstance(module, torch.nn.Linear))
+    head = sum(module.weight.numel() for module in model.gen_head.modules()
+               if isinstance(module, torch.nn.Linear))              # of image tokens alone
     size = 2 if model.bf16 else 4
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     text = prompt_lengths(ids, cfg.pad).sum().item()                # tokens of all prompts
-    empty = 2 * len(ids) if model.text.empty else text
+    empty = empty_of(model)
+    empty = text if empty is None else empty.shape[1] * len(ids)
 
     side = 4096 if device.type == "cuda" else 1024
     square = torch.randn(side, side, device=device, dtype=dtype)
@@ -143,9 +156,10 @@ def floors(model, ids, device):
     operations = 2 * side ** 3 / rates["product"]                   # a second
 
     def step_bytes(guidance):
-        slots = text / len(ids) + n / 2                             # keys of a row, on average
-        rows = len(ids) * (1 if guidance == 1 else 2)
-        return size * (weights + 2 * cfg.n_layer * cfg.n_embd * slots * rows)
+        keys = text + len(ids) * n / 2                              # of all rows, on average
+        if guidance != 1:
+            keys += empty + len(ids) * n / 2
+        return size * (weights + 2 * cfg.n_layer * cfg.n_embd * keys)
 
     found = {}
     for guidance, name in ((1.0, ""), (GUIDANCE, ", guided")):
@@ -159,7 +173,8 @@ def floors(model, ids, device):
         sequence = text + (n - 1) * len(ids)
         if guidance != 1:
             sequence += empty + (n - 1) * len(ids)
-        found["score" + name] = 2 * weights * sequence / operations
+        products = (weights - head) * sequence + head * n * len(ids) * branches
+        found["score" + name] = 2 * products / operations
         found["update" + name] = 3 * found["score" + name]
     return found
 
@@ -192,7 +207,8 @@ def main(argv=None):
     print(f"{'':16} {'ms':>9} {'images/s':>9} {'ms/step':>8} {'floor':>6} {'transformers':>13} "
           f"{'official':>9}")
     report = {"geometry": args.geometry, "device": str(device), "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "images": n, "running": model.running}
+              "threads": torch.get_num_threads(), "images": n, "bf16": model.bf16,
+              "running": model.running}
     for row in floor:
         ours = times[row, "ours"]
         ratios = {who: times[row, who] / ours for who in ("transformers", "official")

@@ -192,7 +192,8 @@ def load_module(path, module_class, config_class, device="cpu"):
 
 # -- Devices, randomness, learning rates -----------------------------------------------------------
 def pick_device(name):
-    """auto, cpu, cuda or mps -> torch.device. UserError if torch sees no such device."""
+    """auto, cpu, cuda or mps -> torch.device. UserError if torch sees no such device. On cuda it
+    switches cuDNN's attention off, which makes a plan for each new length."""
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
@@ -201,7 +202,7 @@ def pick_device(name):
     if no_cuda or no_mps:
         raise UserError(f"--device {name}: torch {torch.__version__} sees no such device here; "
                         "try --device auto")
-    if name == "cuda":                  # cuDNN's attention makes a plan for each new length, 30 ms
+    if name == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
@@ -231,7 +232,7 @@ def schedule(cfg, step):
 
 # -- The loop --------------------------------------------------------------------------------------
 # What may change between a run and its resumption: where the folder is, and what fits in memory.
-FREE_TO_CHANGE = ("out", "microbatch")
+FREE_TO_CHANGE = ("out", "microbatch", "compile")
 
 
 def same_setting(name, one, other):
@@ -371,7 +372,7 @@ class Loop:
             if open_one is not None:
                 open_one.close()
         if isinstance(error, torch.OutOfMemoryError):
-            error = UserError("out of memory; go on with a smaller --microbatch "
+            error = UserError("out of memory; go on with a smaller --microbatch, or --compile off "
                               f"({str(error).splitlines()[0]})")
         if not isinstance(error, UserError) or isinstance(error, Stopped):
             return

@@ -112,6 +112,7 @@ def image_chunks(model, vq, prompts, per_prompt, guidance, temperature, seed, ba
     out, wanted(indices) = False, without a change in the others."""
     device = model.embed_tokens.weight.device
     model.prompt_ids(prompts)           # one that is too long is an error now, not half way
+    batch = min(batch, len(prompts) * per_prompt)
     step = max(1, batch // per_prompt)
     for chunk, start in enumerate(range(0, len(prompts), step)):
         indices = range(start, min(start + step, len(prompts)))
@@ -200,6 +201,7 @@ class BeforeAfter:
             self.base_images = tensors["images"].numpy()
         else:
             self.base, images = self.run(reference, self.pairs)
+            reference.graphed = None    # it samples no more: its caches are free for the policy
             self.base_images = self.first_images(images)
             save_weights(kept, {"images": torch.from_numpy(self.base_images)}, report=self.base)
 

@@ -8,12 +8,13 @@ them with. `score` returns the log-probs of given tokens from one batched forwar
 logits in `policy_logits`, so that what is scored is the distribution that was sampled. (The
 official release scores guided logits divided by w: a softmax w times hotter than the sampler's.)
 
-A sequence is its prompt, right behind it its image tokens, and padding at the end. Causal attention
-never looks ahead, so nobody sees the padding: prompts of different lengths need no mask, and flash
-attention can run.
+A sequence is its prompt, right behind it its image tokens, and padding at the end: image token t of
+a prompt of L tokens stands in slot L + t. Causal attention never looks ahead, so nobody sees the
+padding: whole sequences need no mask, whatever the prompts' lengths, and flash attention can run.
 
 Shapes: B sequences, T text tokens of the longest prompt, N image tokens, S slots of a sequence,
-V image codes, C width, H heads, D head width, R distinct prompts, G samples of each.
+K of them in sight, V image codes, C width, H heads, D head width, R distinct prompts, G samples of
+each, rows = R*G, and twice as many with guidance.
 """
 import functools
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ class ModelConfig:
     n_ffn: int = 384
     code_dim: int = 16                  # width of gen_embed, the tokenizer's code dimension
     image_positions: bool = True        # learned positions of image tokens; the real weights: none
-    pad: int = 0                        # text id to which nobody attends
+    pad: int = 0                        # text id behind a prompt; inside Janus' empty prompt, too
     rope_theta: float = 10000.0
     rms_eps: float = 1e-6
 
@@ -155,7 +156,7 @@ class ImageModel(nn.Module):
         return self.embed_tokens(ids).float()
 
     def embed_images(self, ids, number):
-        """Image ids (B, L), the image's tokens number (L,) or (B, L) -> (B, L, C)."""
+        """Image ids (B, L), their places in the image, number (L,) or (B, L) -> (B, L, C)."""
         x = self.gen_aligner(self.gen_embed(ids)).float()
         return x + self.gen_positions(number) if self.cfg.image_positions else x
 
@@ -240,7 +241,7 @@ def policy_logits(cond, uncond, guidance, temperature):
 
 
 # -- Sampling --------------------------------------------------------------------------------------
-KEYS = 16       # a decoding step looks at the slots so far, rounded up to a multiple of this
+KEYS = 16       # in sight of a decoding step: the slots so far, rounded up to a multiple of this
 
 
 def generate(model, prompts, empty, samples=1, guidance=1.0, temperature=1.0, generator=None,
@@ -270,8 +271,8 @@ def prefill(model, prompts, empty, samples, guidance, rope, caches):
     """Read each distinct prompt once, and copy its keys and values to its G samples.
 
     prompts (R, T) -> hidden states (rows, C) that predict the first image token, and the prompts'
-    lengths (rows,). rows = R*G, and twice as many with guidance: the second half is the branch of
-    the empty prompt. caches (2, rows, H, S, D), one a layer, have their first T slots filled."""
+    lengths (rows,). With guidance the second half of the rows is the branch of the empty prompt.
+    caches (2, rows, H, S, D), one a layer, have their first T slots filled."""
     n, t = prompts.shape
     source = torch.arange(n, device=prompts.device).repeat_interleave(samples)          # (R*G,)
     if guidance != 1:
@@ -284,7 +285,7 @@ def prefill(model, prompts, empty, samples, guidance, rope, caches):
     lengths = prompt_lengths(prompts, model.cfg.pad)
     small = new_caches(model, len(prompts), t)
     h = model.hidden(model.embed_text(prompts), [table[:t] for table in rope], small)
-    h = take(h, lengths[:, None] - 1)[:, 0]                             # (R.., C)
+    h = take(h, lengths[:, None] - 1)[:, 0]                             # (prompts, C)
     for cache, read in zip(caches, small):
         cache[:, :, :, :t] = read[:, source]
     return h[source], lengths[source]
@@ -293,8 +294,9 @@ def prefill(model, prompts, empty, samples, guidance, rope, caches):
 def draw(model, h, noise, guidance, temperature):
     """Hidden states (rows, C), noise (B,) uniform in [0, 1) -> tokens (B,), their log-probs (B,).
 
-    The token is the first one at which the cumulated probabilities exceed the noise. Nothing waits
-    for the device, as torch.multinomial would."""
+    The token is the first one at which the cumulated probabilities exceed the noise, times their
+    sum, which rounding leaves near 1; the last token if none does. Nothing waits for the device,
+    as torch.multinomial would."""
     cond, *uncond = model.logits(h).chunk(1 if guidance == 1 else 2)    # (B, V) each
     logits = policy_logits(cond, uncond[0] if uncond else None, guidance, temperature)
     logprobs = logits.log_softmax(-1)
@@ -305,13 +307,13 @@ def draw(model, h, noise, guidance, temperature):
 
 @functools.cache
 def compiled(function):
-    """torch.compile, once for all models, batches and lengths of prompts."""
+    """torch.compile, once for all models of one shape, batches and lengths of prompts."""
     return torch.compile(function, fullgraph=True, dynamic=True)
 
 
 def compilable(function):
-    """A function whose first argument is a model, and which is compiled if the model says so. It is
-    given copies then, because dynamo would compile again for a view of another tensor."""
+    """A function whose first argument is a model, and which is compiled if the model says so. Its
+    tensors are copied then, because dynamo compiles again for views; lists (caches) are not."""
     @functools.wraps(function)
     def call(model, *args):
         if model.running != "compile":
@@ -323,12 +325,13 @@ def compilable(function):
 
 @compilable
 def decode_step(model, caches, rope, token, slot, lengths, noise, keys, guidance, temperature):
-    """Read the last token of each sequence and draw the next one: a function of tensors whose
-    shapes stay the same for all N tokens, so that it can be compiled, or captured in a CUDA graph.
+    """Read the last token of each sequence and draw the next one. All tensors keep their shapes
+    from one token to the next, and `keys` grows in steps of KEYS, so that it compiles once, or is
+    captured as a few CUDA graphs.
 
     token (B,) goes into slot (rows,) of the caches; lengths (rows,) of the prompts; noise (B,);
-    keys: how many slots are looked at -> tokens (B,), log-probs (B,)."""
-    number = slot - lengths                             # of the image's tokens, which this one is
+    keys: K, how many slots are in sight -> tokens (B,), log-probs (B,)."""
+    number = slot - lengths                             # the token's place in its image
     x = model.embed_images(token[:, None], number[:len(token), None])   # (B, 1, C)
     x = x.repeat(1 if guidance == 1 else 2, 1, 1)                       # (rows, 1, C)
     seen = torch.arange(keys, device=slot.device) <= slot[:, None]      # (rows, K)
@@ -343,7 +346,7 @@ def decode(model, prompts, empty, samples, guidance, temperature, noise):
     noise (N, B) -> tokens (B, N), log-probs (B, N)."""
     n, t = model.cfg.n_image, prompts.shape[1]
     rows = noise.shape[1] * (1 if guidance == 1 else 2)
-    # One to spare: a compiled step would take a view of all slots for another case.
+    # One more than is ever in sight: for a slice of all slots dynamo would compile again.
     slots = round_up(t + n - 1, KEYS) + 1
     rope = rope_table(model.cfg, slots, prompts.device)
     if model.running == "graph":
@@ -406,9 +409,9 @@ def empty_hidden(model, prompts, tokens, empty):
 
 
 def by_chunks(function, chunk, *rows):
-    """function over chunks of equal rows, results concatenated. With gradients each chunk is
-    checkpointed: its logits are freed after it and made again in the backward, so that B*N*V fp32
-    values never exist at once."""
+    """function over chunks of equal rows, results concatenated. If there are several, each is
+    checkpointed when gradients are wanted: its logits are freed after it and made again in the
+    backward, so that B*N*V fp32 values never exist at once."""
     parts = zip(*(r.split(chunk) for r in rows))
     if len(rows[0]) > chunk and torch.is_grad_enabled():
         out = [checkpoint(function, *part, use_reentrant=False) for part in parts]
@@ -480,12 +483,12 @@ def how_to_run(compile, device):
     return {"auto": automatic, "off": "eager", "on": "compile"}[compile]
 
 
-def load_policy(run, policy, device, dtype=None, compile="auto"):
+def load_policy(run, policy, device, dtype=None, compile=None):
     """A run folder, "pretrain" or "ppo" -> (tokenizer, model), in eval mode. UserError if they do
     not fit each other.
 
-    dtype: fp32, bf16, or auto (bf16 on CUDA); None is what the run was trained in. compile: as the
-    flag of stage ppo."""
+    dtype: fp32, bf16, or auto (bf16 on CUDA). compile: as the flag of stage ppo. None is what the
+    run was trained with."""
     run = Path(run)
     device = torch.device(device)
     vq = load_module(run / "tokenizer.safetensors", VQModel, VQConfig, device)
@@ -505,7 +508,7 @@ def load_policy(run, policy, device, dtype=None, compile="auto"):
     model.stored = {k: v.dtype for k, v in model.state_dict().items()}
     trained = run_settings(run, "ppo") or run_settings(run, "pretrain")
     model.bf16 = uses_bf16(dtype or trained.get("dtype", "auto"), device)
-    model.running = how_to_run(compile, device)
+    model.running = how_to_run(compile or trained.get("compile", "auto"), device)
     model.gen_head.float()
     return vq, model if model.bf16 else model.float()
 

@@ -80,7 +80,7 @@ class Judge(nn.Module):
             self.image_encoder = nn.Sequential(nn.Conv2d(3, c, cfg.patch, stride=cfg.patch),
                                                ResBlock(c, c, 8, kernel=1),
                                                ResBlock(c, c, 8, kernel=1))
-            self.text_positions = nn.Parameter(0.5 * torch.randn(cfg.n_text, c))
+            self.word_positions = nn.Parameter(0.5 * torch.randn(cfg.n_text, c))
             self.layers = nn.ModuleList(TextLayer(c, cfg.n_head) for _ in range(cfg.n_layer))
         elif cfg.kind == "convolve":
             half = cfg.patch // 2
@@ -98,11 +98,11 @@ class Judge(nn.Module):
 
     def encode_text(self, ids):
         """Prompts (B, T), padded at the end -> features of their words (B, T, width). Padding
-        changes nothing: nobody attends to it, and pads stay zero."""
+        changes nothing: kind attend masks it, kind convolve keeps it zero."""
         x = self.token_embedding(ids)
         mask = ids != TextTokens.pad
         if self.cfg.kind == "attend":
-            x = x + self.text_positions[:ids.shape[1]]
+            x = x + self.word_positions[:ids.shape[1]]
             for layer in self.layers:
                 x = layer(x, mask)
         else:

@@ -34,6 +34,8 @@ def add_policy_flags(parser):
     parser.add_argument("--seed", type=int, default=0, help="images follow from it and --batch (0)")
     parser.add_argument("--batch", type=int, default=64, help="images at once (64)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--compile", choices=["auto", "off", "on"],
+                        help="as of train.py --stage ppo (as in the run's PPO)")
 
 
 def check_policy_flags(args):
@@ -74,7 +76,8 @@ def pair_maps(args, model, ids, tokens, images, grid, sampling):
     divergence = prompt_divergence(model, first, second, tokens, **sampling)
     maps = {"where they differ: D_t": heat_map(divergence, images, grid)}
     if args.policy == "ppo" and (Path(args.run) / "pretrain.safetensors").exists():
-        _, base = load_policy(args.run, "pretrain", pick_device(args.device))
+        _, base = load_policy(args.run, "pretrain", pick_device(args.device),
+                              compile=args.compile)
         change = prompt_divergence(model, first, first, tokens, other=base, **sampling)
         maps["what PPO changed"] = heat_map(change, images, grid)
     return maps
@@ -99,7 +102,7 @@ def main(argv=None):
         raise UserError(f"{len(args.prompt)} prompts: give one, or two for a pair")
 
     device = pick_device(args.device)
-    vq, model = load_policy(args.run, args.policy, device)
+    vq, model = load_policy(args.run, args.policy, device, compile=args.compile)
     fill_sampling(args, model)
     sampling = dict(empty=empty_ids(model), guidance=args.guidance, temperature=args.temperature)
     ids = model.prompt_ids(args.prompt)

@@ -450,8 +450,8 @@ def train_ppo(cfg, loop, algo=ppo):
             prompts = [prompt for pair in drawn for prompt in pair]                     # 2P
             prompt_ids = policy.prompt_ids(prompts).repeat_interleave(G, 0)             # (B, T)
             tokens, old_logprobs = generate(policy, prompt_ids[::G], samples=G,         # (B, N)
-                                            generator=generator, batch=8 * cfg.microbatch,
-                                            **sampling)
+                                            generator=generator, **sampling,
+                                            batch=min(8 * cfg.microbatch, 2 * P * G))
 
             # 2. Ground truth: a pair's own images replace two samples of a prompt
             p_truth = algo.ground_truth_probability(step, *cfg.ground_truth)

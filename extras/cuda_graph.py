@@ -4,7 +4,7 @@ A graph replays its kernels on the addresses with which it was captured. So all 
 stays where it is from one rollout to the next: caches, inputs and weights. An optimizer's step and
 --resume change weights in place.
 
-Nobody has run this on a GPU yet. tests/test_model.py runs it on a CPU, where a replay is a call.
+Nobody has run this on a GPU yet. tests/test_model.py runs all but `capture` on a CPU.
 """
 import torch
 from torch import nn
@@ -12,26 +12,28 @@ from torch import nn
 from model import ImageModel, decode_step, new_caches, rope_table
 
 
-def capture(function, pool):
+def capture(function, pool, stream):
     """A function without arguments, which may be called more than once -> (graph, what the function
-    returned: tensors that each replay fills anew). pool: another graph's memory, or None."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):       # libraries make their workspaces at the first call
+    returned: tensors that each replay fills anew).
+
+    pool: another graph's memory, or None. stream: the same for all graphs of a model, because
+    libraries make a workspace for each stream, at the first call on it."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         function()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         out = function()
     return graph, out
 
 
 def sampling_copy(model):
-    """A model whose linear layers are stored in the dtype that they multiply in: autocast would
-    cast fp32 weights anew in each replay. All other weights are the model's own tensors.
+    """A model whose linear layers' weights are stored in the dtype that they multiply in: autocast
+    would cast fp32 weights anew in each replay. All else are the model's own tensors.
 
-    It wants no gradients: autocast keeps casts of weights that do until its context ends, and a
-    graph would go on reading them."""
+    It wants no gradients: autocast keeps its casts of weights that require them until its context
+    ends, and a graph would go on reading what is freed then."""
     with torch.device("meta"):
         copy = ImageModel(model.cfg, model.text)
     tensors = {name: weight.detach() for name, weight in model.state_dict().items()}
@@ -46,21 +48,25 @@ class GraphedStep:
     """`model.decode_step` for one model and one shape of the batch: a graph for each number of
     keys, captured when it is first needed."""
 
-    def __init__(self, model, shape):
-        self.shape = shape              # rows, slots, guidance, temperature
+    def __init__(self, model, rows, slots, sampling):
+        device = model.embed_tokens.weight.device
+        self.rows, self.slots, self.sampling = rows, slots, sampling
         self.model = sampling_copy(model)
-        self.rope = rope_table(model.cfg, shape[1], model.embed_tokens.weight.device)
-        self.caches = new_caches(model, *shape[:2])
+        self.rope = rope_table(model.cfg, slots, device)
+        self.caches = new_caches(model, rows, slots)
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.inputs = None
         self.graphs = {}                # keys -> (graph, its tokens and log-probs)
 
     def read_weights(self, model):
+        """Bring the weights of its own up to date, in place."""
         for own, weight in zip(self.model.parameters(), model.parameters()):
             if own.dtype != weight.dtype:       # all others are the same memory
                 own.copy_(weight)
 
     def __call__(self, model, caches, rope, token, slot, lengths, noise, keys, guidance,
                  temperature):
+        """Called as `decode_step` is, but it reads its own model, caches and rope."""
         new = token, slot, lengths, noise
         if self.inputs is None:
             self.inputs = [x.clone() for x in new]
@@ -70,17 +76,18 @@ class GraphedStep:
             pool = next((graph.pool() for graph, _ in self.graphs.values()), None)
             arguments = (self.model, self.caches, self.rope, *self.inputs, keys, guidance,
                          temperature)
-            self.graphs[keys] = capture(lambda: decode_step(*arguments), pool)
+            self.graphs[keys] = capture(lambda: decode_step(*arguments), pool, self.stream)
         graph, drawn = self.graphs[keys]
         graph.replay()
         return [x.clone() for x in drawn]
 
 
-def graphed_step(model, *shape):
-    """The model's GraphedStep for (rows, slots, guidance, temperature). It keeps the last one, so
-    that memory holds one set of caches."""
-    if model.graphed is None or model.graphed.shape != shape:
-        model.graphed = None            # frees the old caches first
-        model.graphed = GraphedStep(model, shape)
+def graphed_step(model, rows, slots, *sampling):
+    """The model's GraphedStep for so many rows, at least so many slots, and sampling = (guidance,
+    temperature). A model keeps its last one alone, so that memory holds one set of caches."""
+    step = model.graphed
+    if step is None or (step.rows, step.sampling) != (rows, sampling) or step.slots < slots:
+        step = model.graphed = None     # frees the old caches first
+        model.graphed = GraphedStep(model, rows, slots, sampling)
     model.graphed.read_weights(model)
     return model.graphed

@@ -167,7 +167,8 @@ def write_layout(args):
     prompts = [task.prompt for task in tasks]
     files = [[out / file for file in task.files] for task in tasks]
     refuse_strangers(out, {file for row in files for file in row})
-    vq, model = load_policy(args.run, args.policy, pick_device(args.device))
+    device = pick_device(args.device)
+    vq, model = load_policy(args.run, args.policy, device, compile=args.compile)
     fill_sampling(args, model)
     settings = args.guidance, args.temperature, args.seed, args.batch
     same_settings(out, model, prompts, *settings)

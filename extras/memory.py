@@ -84,7 +84,7 @@ def stop_after(calls):
     return hook
 
 
-def take_step(step, pool):
+def take_step(step, pool, stream):
     """In place of the capture of a graph, for which a GPU is needed."""
     step()
     raise Enough

@@ -65,7 +65,7 @@ def run_benchmark(args):
     RUN/paircomp_POLICY.json."""
     device = pick_device(args.device)
     pairs = benchmark_pairs(args.n)
-    vq, model = load_policy(args.run, args.policy, device)
+    vq, model = load_policy(args.run, args.policy, device, compile=args.compile)
     if vq.cfg.image_size != IMAGE_SIZE or model.text.empty is None:
         raise UserError(f"{args.run}: is no model of PairWorld, whose benchmark this is; use "
                         "generate, score and summarize")
@@ -185,7 +185,8 @@ def run_generate(args):
     """X_Y_Z.png for every pair X, prompt Y and image Z that is not in the folder yet."""
     pairs, _ = read_benchmark(args.prompts)
     prompts = [prompt for pair in pairs for prompt in pair]
-    vq, model = load_policy(args.run, args.policy, pick_device(args.device))
+    device = pick_device(args.device)
+    vq, model = load_policy(args.run, args.policy, device, compile=args.compile)
     fill_sampling(args, model)
     same_settings(args.images, model, prompts, args.guidance, args.temperature, args.seed,
                   args.batch)

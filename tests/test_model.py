@@ -577,7 +577,7 @@ class ReplayedCall:
     """In place of a CUDA graph: a replay calls the captured function again, and writes what it
     returns into the tensors that the capture returned, as a graph does."""
 
-    def __init__(self, function, pool):
+    def __init__(self, function, pool, stream):
         self.function, self.given_pool = function, pool
         self.out = function()
 
@@ -595,8 +595,8 @@ def graphs_without_gpu(monkeypatch):
 
     captured = []
 
-    def capture(function, pool):
-        captured.append(ReplayedCall(function, pool))
+    def capture(function, pool, stream):
+        captured.append(ReplayedCall(function, pool, stream))
         return captured[-1], captured[-1].out
 
     monkeypatch.setattr(cuda_graph, "capture", capture)
@@ -621,6 +621,14 @@ def test_a_graph_replays_the_step_on_tensors_that_stay_where_they_are(
     assert graphs == len(captured) == 3
     assert [graph.given_pool for graph in captured] == [None, "pool", "pool"]
 
+    # Shorter prompts fit into the caches that are there, and add a graph for their first keys.
+    kept, shorter = net.graphed, PADDED[:, :3].clamp(min=1)
+    tokens, _ = m.generate(net, shorter, generator=seeded(2), **how)
+    running("eager")
+    assert tokens.equal(m.generate(net, shorter, generator=seeded(2), **how)[0])
+    running("graph")
+    assert net.graphed is kept and len(captured) == 4
+
     # The weights of an optimizer's step are read, in place.
     with torch.no_grad():
         net.gen_aligner[2].bias.add_(0.5)
@@ -629,7 +637,7 @@ def test_a_graph_replays_the_step_on_tensors_that_stay_where_they_are(
         expected = m.generate(net, PADDED, generator=seeded(1), **how)
         net.gen_aligner[2].bias.sub_(0.5)
     assert third[0].equal(expected[0]) and not third[0].equal(first[0])
-    assert len(captured) == 3
+    assert len(captured) == 4
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
