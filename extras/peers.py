@@ -10,6 +10,8 @@ official loop is typed again from what FocusDiff's release does, in our words:
 
 Shapes: B sequences, T text tokens, N image tokens, V image codes.
 """
+import inspect
+
 import torch
 
 from common import UserError
@@ -72,11 +74,13 @@ def doubled(net, prompts, mask, pad):
 def official_rollout(net, prompts, mask, guidance, pad=0):
     """prompts (B, T) padded on the left -> tokens (B, N)."""
     x, mask = doubled(net, prompts, mask, pad)
+    language = net.model.language_model
+    known = inspect.signature(language.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"           # as transformers calls it
     cache = None
     tokens = []
     for _ in range(net.model.vision_model.config.num_image_tokens):
-        out = net.model.language_model(inputs_embeds=x, attention_mask=mask, use_cache=True,
-                                       past_key_values=cache)
+        out = language(inputs_embeds=x, attention_mask=mask, use_cache=True, **{name: cache})
         cache = out.past_key_values
         logits = net.model.generation_head(out.last_hidden_state[:, -1])
         cond = logits[0::2]
