@@ -90,4 +90,6 @@ def graphed_step(model, rows, slots, *sampling):
         step = model.graphed = None     # frees the old caches first
         model.graphed = GraphedStep(model, rows, slots, sampling)
     model.graphed.read_weights(model)
+    for cache in model.graphed.caches:  # as new ones are: a NaN of a diverged step would stay
+        cache.zero_()
     return model.graphed
