@@ -135,15 +135,17 @@ def calls(model, peer, n, device):
     return found, ids
 
 
+def linear_weights(module):
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
+
+
 def floors(model, ids, device):
     """{row: seconds that the machine needs for what cannot be left out}: reading weights, keys and
     values once a step, and the products with weights, two operations each. Attention's products,
     norms and all that is done an element at a time count as nothing."""
     cfg, n = model.cfg, model.cfg.n_image
-    weights = sum(module.weight.numel() for module in model.modules()
-                  if isinstance(module, torch.nn.Linear))
-    head = sum(module.weight.numel() for module in model.gen_head.modules()
-               if isinstance(module, torch.nn.Linear))              # of image tokens alone
+    weights = linear_weights(model)
+    head = linear_weights(model.gen_head)                           # of image tokens alone
     size = 2 if model.bf16 else 4
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     text = prompt_lengths(ids, cfg.pad).sum().item()                # tokens of all prompts

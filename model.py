@@ -348,13 +348,13 @@ def decode(model, prompts, empty, samples, guidance, temperature, noise):
     rows = noise.shape[1] * (1 if guidance == 1 else 2)
     # One more than is ever in sight: for a slice of all slots dynamo would compile again.
     slots = round_up(t + n - 1, KEYS) + 1
-    rope = rope_table(model.cfg, slots, prompts.device)
     if model.running == "graph":
         from extras.cuda_graph import graphed_step
         step = graphed_step(model, rows, slots, guidance, temperature)
-        model, caches = step.model, step.caches
+        model, caches, rope = step.model, step.caches, step.rope
     else:
         step = decode_step
+        rope = rope_table(model.cfg, slots, prompts.device)
         caches = new_caches(model, rows, slots)
     h, lengths = prefill(model, prompts, empty, samples, guidance, rope, caches)
     drawn = [draw(model, h, noise[0], guidance, temperature)]

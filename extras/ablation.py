@@ -643,9 +643,6 @@ def run_compare(paths, baseline_paths, out):
         print(f"image: {out}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-
 def draw_comparison(arms, path):
     """{arm: {seed: result}} of `read_arms` -> an image: learning curves with a band from the
     worst seed to the best, and bars of the categories, by the held-out judge, or by the training
@@ -688,6 +685,9 @@ def mean_and_range(values):
     values = np.array(values)
     return values.mean(0), values.min(0), values.max(0)
 
+
+# --------------------------------------------------------------------------------------------------
+# Command line
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv

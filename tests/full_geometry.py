@@ -28,6 +28,7 @@ from common import pick_device, tensor_bytes
 from extras import janus, memory
 from pairworld import pairworld
 from test_janus import (
+    attended,
     official_config,
     official_logits,
     official_name,
@@ -146,12 +147,6 @@ def inputs(text, n_image, n_codes, device):
     x = from_pixels(pairworld(1, "train", 0).images[0].repeat(12, 1).repeat(12, 2))
     ids = torch.from_numpy(text.encode_prompts(PROMPTS, 99))
     return ids.to(device), tokens.to(device), x.to(device)
-
-
-def attended(ids, pad):
-    """Prompts (B, T) -> bool (B, T), False for the padding at the end."""
-    slot = torch.arange(ids.shape[1], device=ids.device)
-    return slot < m.prompt_lengths(ids, pad)[:, None]
 
 
 @torch.no_grad()

@@ -223,6 +223,12 @@ def prompt_ids(text, prompts=PROMPTS):
     return torch.from_numpy(text.encode_prompts(prompts, 99))
 
 
+def attended(ids, pad):
+    """Prompts (B, T) -> bool (B, T), False for the padding at the end."""
+    slot = torch.arange(ids.shape[1], device=ids.device)
+    return slot < m.prompt_lengths(ids, pad)[:, None]
+
+
 def random_codes(rows, seed=1):
     return torch.randint(128, (rows, 64), generator=torch.Generator().manual_seed(seed))
 
@@ -323,14 +329,13 @@ def official_logits(net, ids, tokens, pad, guidance):
 def test_text_embeddings_and_hidden_states(net, ours):
     vq, model = ours
     ids = prompt_ids(model.text)
-    slot = torch.arange(ids.shape[1])
-    mask = slot < m.prompt_lengths(ids, model.cfg.pad)[:, None]
+    mask = attended(ids, model.cfg.pad)
     embedded = model.embed_text(ids)
     assert embedded.equal(net.get_input_embeddings()(ids))
     theirs = net.model.language_model(
         input_ids=ids,
         attention_mask=mask.long(),
-        position_ids=slot[None],
+        position_ids=torch.arange(ids.shape[1])[None],
         use_cache=False,
     ).last_hidden_state
     hidden = model.hidden(embedded, m.rope_table(model.cfg, ids.shape[1], ids.device))
