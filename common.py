@@ -276,6 +276,7 @@ class Loop:
         self.step = None                # the one under way
         self.changed = False            # the weights have moved in this step
         self.diverged = False           # its gradient is not finite
+        self.lr_share = 1.0             # of the scheduled learning rate; train.BestState lowers it
         self.seconds = 0.0              # spent before this process
         self.interrupted = False
         self.resumed = self.path.exists()
@@ -411,7 +412,7 @@ class Loop:
     def optimizer_step(self, step):
         """Clip the gradients, step, and forget them -> their norm before clipping. UserError if it
         is not finite, before that harms the weights."""
-        share = schedule(self.cfg, step)
+        share = self.lr_share * schedule(self.cfg, step)
         for optimizer, peaks in zip(self.optimizers, self.peaks):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * share

@@ -4,7 +4,8 @@ The embedded pairs of pairworld.py and a user's pairs.json become the same `Pair
 on there is one path. Images are uint8 (H, W, 3), RGB, 0..255.
 
 FocusDiff-Data's layout, as the official reader reads it (mydataset.py): a JSON list of
-{"prompt1", "prompt2", "image1", "image2"}, image paths absolute or relative to the file.
+{"prompt1", "prompt2", "image1", "image2"}, image paths absolute or relative to the file. A part of
+the pairs is held out: `read_splits`.
 """
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from PIL import Image, ImageDraw
 from common import UserError, read_json
 
 
+SPLITS = ("train", "validation", "test")
+TEST_PAIRS = 120        # most pairs of a file that are held out for the test
+LEAST_PAIRS = 16        # fewest pairs of which some are held out
+
+
 # -- A set of pairs --------------------------------------------------------------------------------
 @dataclass
 class PairSet:
@@ -23,11 +29,13 @@ class PairSet:
 
     prompts: P tuples of two strings. images: (P, 2, H, W, 3) uint8; or a list of P tuples of two
     paths, opened when asked for, with None for a pair without images. categories: P strings, ""
-    where there is none. size: height and width to which files are brought."""
+    where there is none. size: height and width to which files are brought. splits: of pairs from a
+    file, which split each says it belongs to, "" where it says nothing."""
     prompts: list
     images: object
     categories: list
     size: int = 32
+    splits: list = None
 
     def __len__(self):
         return len(self.prompts)
@@ -39,16 +47,20 @@ class PairSet:
     def has_images(self, indices):
         return np.array([self.images[i] is not None for i in indices])
 
+    def select(self, indices):
+        """Some of the pairs -> PairSet."""
+        images = self.images
+        images = images[indices] if isinstance(images, np.ndarray) else [images[i] for i in indices]
+        return PairSet([self.prompts[i] for i in indices], images,
+                       [self.categories[i] for i in indices], self.size)
+
     def with_images(self):
         """The pairs that have images. UserError if there is none."""
         kept = np.flatnonzero(self.has_images(range(len(self))))
         if not len(kept):
             raise UserError("none of the pairs has images, and this stage learns from images; "
                             "give --data with image1 and image2")
-        if len(kept) == len(self):
-            return self
-        return PairSet([self.prompts[i] for i in kept], [self.images[i] for i in kept],
-                       [self.categories[i] for i in kept], self.size)
+        return self if len(kept) == len(self) else self.select(kept)
 
     def load(self, indices):
         """Indices (n,) -> (n, 2, H, W, 3) uint8, zeros for a pair without images. UserError names
@@ -100,19 +112,68 @@ def read_pairs(path, size):
     """FocusDiff-Data's JSON file -> PairSet. UserError says which pair lacks what.
 
     image1 and image2 may both be null or left out: a pair without images, for which PPO samples and
-    which the other stages skip. Every image is looked for now and opened when it is used. An
-    optional "category" is kept. All pairs are served; the official reader serves the first half."""
+    which the other stages skip. Every image is looked for now and opened when it is used. Optional
+    "category" and "split" are kept. All pairs are served; the official reader serves the first
+    half."""
     entries = read_json(path, "FocusDiff-Data pairs")
     if not isinstance(entries, list) or not entries:
         found = type(entries).__name__ if entries else "an empty list"
         raise UserError(f"{path}: should hold a JSON list of pairs, found {found}")
-    prompts, images, categories = [], [], []
+    prompts, images, categories, splits = [], [], [], []
     for i, entry in enumerate(entries):
         files = check_pair(path, i, entry)
         prompts.append((entry["prompt1"].strip(), entry["prompt2"].strip()))
         images.append(files)
         categories.append(str(entry.get("category") or ""))
-    return PairSet(prompts, images, categories, size)
+        splits.append(entry.get("split") or "")
+        if splits[-1] not in ("", *SPLITS):
+            raise UserError(f"{path}: pair {i} has the split {splits[-1]!r}; should be one of "
+                            f"{', '.join(SPLITS)}, or left out in all pairs")
+    return PairSet(prompts, images, categories, size, splits)
+
+
+def read_splits(path, size):
+    """`read_pairs`, in three parts -> {"train", "validation", "test": PairSet}.
+
+    Each pair belongs where its "split" says, or if no pair has one, where `split_by_caption` puts
+    it. UserError if a part would be empty."""
+    pairs = read_pairs(path, size)
+    names = pairs.splits if any(pairs.splits) else split_by_caption(pairs.prompts)
+    parts = {}
+    for split in SPLITS:
+        rows = [i for i, name in enumerate(names) if name == split]
+        if not rows:
+            raise UserError(f"{path}: too few pairs ({len(pairs)}) to hold any out for {split}; "
+                            f"give at least {LEAST_PAIRS} whose captions differ")
+        parts[split] = pairs.select(rows)
+    return parts
+
+
+def split_by_caption(prompts):
+    """P tuples of two prompts -> for each "train", "validation", "test" or "dropped".
+
+    No caption is in more than one split: a training pair that shares one with a held-out pair is
+    dropped. An eighth of the pairs is tested, half as many are validated, and at most TEST_PAIRS
+    and half of that. The choice is fixed: every run has the same test."""
+    if len(prompts) < LEAST_PAIRS:
+        return ["train"] * len(prompts)
+    order = np.random.default_rng(2506).permutation(len(prompts))
+    n_test = min(TEST_PAIRS, len(prompts) // 8)
+    split_of, counts = {}, {"test": n_test, "validation": n_test // 2}
+    names = ["train"] * len(prompts)
+    for i in order:
+        pair = prompts[i]
+        found = {split_of[prompt] for prompt in pair if prompt in split_of}
+        split = next((name for name, missing in counts.items()
+                      if missing > 0 and found <= {name} and pair[0] != pair[1]), None)
+        if split:
+            counts[split] -= 1
+            names[i] = split
+            split_of.update(dict.fromkeys(pair, split))
+    for i, pair in enumerate(prompts):
+        if names[i] == "train" and any(prompt in split_of for prompt in pair):
+            names[i] = "dropped"
+    return names
 
 
 def check_pair(path, i, entry):

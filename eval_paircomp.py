@@ -15,33 +15,43 @@ everything that their prompts name. *Pair accuracy* asks less: in how many pairs
 the attribute in which the prompts *differ* right off all 2K images. Scores are 0..1 in files and
 x100 in tables.
 
+On own images (train.py --data) the oracle is the set of images itself, and learns nothing either.
+*Exact*: in how many samples the nearest image of the set, pixel by pixel, is the prompt's own.
+*Choice*: in how many it is nearer to the own image than to the twin's. *Pair accuracy*: in how many
+pairs that holds for all 2K samples.
+
 Shapes: P pairs, 2 prompts, K images a prompt, R prompts, N tokens, H W image.
 """
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from einops import rearrange
 
 from common import UserError, load_weights, make_folder, save_weights, write_atomically
-from data import image_grid
+from data import TEST_PAIRS, image_grid, read_splits
 from model import empty_ids, generate
 from pairworld import ATTRIBUTES, CATEGORIES, different_attributes, pairworld, read_scene
 from tokenizer import decode_ids
 
 IMAGES_PER_PROMPT = 2                   # K of the official protocol
-QUICK_PAIRS = 4                         # test pairs a category in the quick tests during PPO
+VALIDATION_PAIRS = 48                   # at most; what PPO's rule and the choice of (w, tau) see
+GALLERY = 4000                          # most images of a set that samples are compared with
+TEMPERATURES = (1.0, 0.6, 0.4)          # of which the base model has its best
 
 
 # -- The arithmetic --------------------------------------------------------------------------------
 def category_means(values, categories):
     """values (P,), P categories -> {category: mean, ..., "average": mean of the means}, in the
-    paper's order."""
+    paper's order. Without categories (all "") the average is all."""
     values = np.asarray(values, np.float64)
     categories = np.asarray(categories)
+    if set(categories.tolist()) == {""}:
+        return {"average": float(values.mean())}
     names = dict.fromkeys([*CATEGORIES, *categories.tolist()])
     means = {c: float(values[categories == c].mean()) for c in names if c in categories}
     return means | {"average": float(np.mean(list(means.values())))}
@@ -72,10 +82,34 @@ def pair_accuracy(images, prompts):
     return out
 
 
-def paircomp(images, pairs, judges, pairworld=False):
+def nearest_images(images, own, gallery):
+    """The oracle of own images. images (P, 2, K, H, W, 3) uint8, own (P, 2, H, W, 3), gallery
+    (M, H, W, 3): the images of the set -> {"exact", "choice": shares of a pair's samples,
+    "pair_accuracy": 0 or 1}, (P,) each."""
+    def flat(x):
+        return x.reshape(-1, own[0, 0].size).astype(np.float32) / 255
+
+    def distance(a, b):                                 # (.., D), (.., D), broadcast -> (..)
+        return np.square(a - b).mean(-1)
+
+    n_pairs, _, k = images.shape[:3]
+    shown = flat(images).reshape(n_pairs, 2, k, -1)     # (P, 2, K, D)
+    target = flat(own).reshape(n_pairs, 2, 1, -1)       # (P, 2, 1, D)
+    to_own = distance(shown, target)                    # (P, 2, K)
+    chosen = to_own < distance(shown, target[:, ::-1])
+    known = flat(gallery)                               # (M, D)
+    squares = np.square(known).mean(-1)                 # |a - b|^2 without the |a|^2 of the sample
+    nearest = (squares - 2 / known.shape[1] * flat(images) @ known.T).min(-1)       # (P*2*K,)
+    nearest = nearest.reshape(to_own.shape) + np.square(shown).mean(-1)
+    exact = to_own <= nearest + 1e-6
+    return {"exact": exact.mean((1, 2)), "choice": chosen.mean((1, 2)),
+            "pair_accuracy": chosen.all((1, 2)).astype(float)}
+
+
+def paircomp(images, pairs, judges, measure=None):
     """images (P, 2, K, H, W, 3) uint8, a PairSet, {name: judge} -> {name: summarize(...), ...,
-    "pairs": what was averaged}. With pairworld, every prompt is a caption of PairWorld and
-    "pair_accuracy" {category: mean} comes too."""
+    "pairs": what was averaged}. measure(images) -> {name: values (P,)}, of an oracle; their means
+    {category: mean} come too."""
     k = images.shape[2]
     flat = rearrange(images, "p i k h w c -> (p i k) h w c")
     prompts = [prompt for prompt in pairs.flat_prompts() for _ in range(k)]
@@ -92,13 +126,12 @@ def paircomp(images, pairs, judges, pairworld=False):
         report[name] = summarize(scores[known], categories)
         raw[name] = [[float(f"{value:.4g}") if value == value else None for value in row]
                      for row in scores.tolist()]
-    if pairworld:
-        right = pair_accuracy(images, pairs.prompts)
-        raw["pair_accuracy"] = right.astype(int).tolist()
+    measures = measure(images) if measure else {}
+    raw |= {name: [round(float(v), 4) for v in values] for name, values in measures.items()}
     raw["categories"] = list(pairs.categories)
     report["pairs"] = raw
-    if pairworld:
-        report["pair_accuracy"] = category_means(right, pairs.categories)
+    for name, values in measures.items():
+        report[name] = category_means(values, pairs.categories)
     return report
 
 
@@ -145,65 +178,120 @@ def benchmark_pairs(n_per_category=20):
     return pairworld(6 * n_per_category, "test", seed=0)
 
 
-def benchmark(model, vq, judges, pairs, cfg, batch=64, progress=None, pairworld=True):
+def benchmark(model, vq, judges, pairs, cfg, batch=64, progress=None, measure=None):
     """A policy's images of the pairs' prompts, judged -> (report of `paircomp`, images
     (P, 2, K, H, W, 3)). cfg has guidance, temperature and seed."""
     images = generate_images(model.eval(), vq, pairs.flat_prompts(), IMAGES_PER_PROMPT,
                              cfg.guidance, cfg.temperature, cfg.seed, batch, progress)
     images = rearrange(images, "(p i) k h w c -> p i k h w c", i=2)
-    return paircomp(images, pairs, judges, pairworld), images
+    return paircomp(images, pairs, judges, measure), images
+
+
+def measure_pairworld(pairs):
+    """The oracle's measure of PairWorld's pairs, for `paircomp`."""
+    return lambda images: {"pair_accuracy": pair_accuracy(images, pairs.prompts)}
+
+
+def measure_own(pairs, gallery):
+    """That of own images, or None if a pair has none."""
+    if not pairs.has_images(range(len(pairs))).all():
+        return None
+    own = pairs.load(np.arange(len(pairs)))
+    return lambda images: nearest_images(images, own, gallery)
+
+
+def held_out_sets(cfg, size):
+    """{"validation", "test": (PairSet, its measure)} of a PPO run: held-out pairs of --data or of
+    PairWorld. --test has other prompts for the test, which no oracle reads."""
+    if cfg.data:
+        splits = read_splits(cfg.data, size)
+        with_images = splits["train"].select(np.flatnonzero(splits["train"].has_images(
+            range(len(splits["train"])))))
+        n = min(GALLERY, 2 * len(with_images))
+        shown = np.random.default_rng(0).permutation(2 * len(with_images))[:n]
+        gallery = [with_images.load_flat(shown)] if n else []
+        for name, most in (("validation", VALIDATION_PAIRS), ("test", TEST_PAIRS)):
+            splits[name] = splits[name].select(range(min(most, len(splits[name]))))
+            kept = np.flatnonzero(splits[name].has_images(range(len(splits[name]))))
+            gallery.append(splits[name].load(kept).reshape(-1, size, size, 3))
+        gallery = np.concatenate(gallery)
+        sets = {name: (splits[name], measure_own(splits[name], gallery))
+                for name in ("validation", "test")}
+    else:
+        sets = {"validation": pairworld(VALIDATION_PAIRS, "validation", seed=0),
+                "test": benchmark_pairs(cfg.eval_pairs)}
+        sets = {name: (pairs, measure_pairworld(pairs)) for name, pairs in sets.items()}
+    if cfg.test:
+        from extras.paircomp_files import first_pairs
+        sets["test"] = first_pairs(cfg.test, cfg.eval_pairs), None
+    return sets
+
+
+def pair_scores(report, judge):
+    """The s_g of each pair by a judge of the report (P,), NaN where it had no answer."""
+    scores = np.array(report["pairs"][judge], np.float64)               # None becomes NaN
+    return scores.prod(1) ** (1 / scores.shape[1])
 
 
 class BeforeAfter:
-    """The test of a PPO run: quick tests on the way, and a table of the base model and the policy.
-
-    It is taken on PairWorld's held-out pairs, or on those of --test. With --data alone there is
-    nothing to test on."""
+    """What is measured of a PPO run: quick tests on validation pairs on the way, and at the end, on
+    test pairs, a table of the base model and the policy."""
 
     def __init__(self, cfg, vq, judges):
         self.cfg = cfg
         self.vq = vq
         self.judges = judges
-        self.pairs = self.test_pairs(cfg.eval_pairs)
-        self.quick_pairs = self.test_pairs(QUICK_PAIRS)
-        categories = self.pairs.categories if self.pairs else []
+        # Who says what is best.
+        self.referee = "heldout" if "heldout" in judges else next(iter(judges))
+        self.sets = held_out_sets(cfg, vq.cfg.image_size)
+        self.pairs = self.sets["test"][0]
         # What before_after.png shows: the first pair of each category, not the best.
+        categories = self.pairs.categories
         self.picks = [categories.index(category) for category in dict.fromkeys(categories)]
+        if len(self.picks) == 1:
+            self.picks = list(range(min(6, len(self.pairs))))
 
-    def test_pairs(self, n_per_category):
-        """The first n pairs of each category -> PairSet, or None."""
-        if not self.cfg.test:
-            return None if self.cfg.data else benchmark_pairs(n_per_category)
-        from extras.paircomp_files import first_pairs
-        return first_pairs(self.cfg.test, n_per_category)
-
-    def run(self, model, pairs):
-        at_once = 8 * self.cfg.microbatch or 64
-        return benchmark(model, self.vq, self.judges, pairs, self.cfg, at_once,
-                         pairworld=not self.cfg.test)
+    def run(self, model, split, guidance, temperature, batch=0):
+        """A policy's images of a split's pairs, judged: `benchmark`."""
+        pairs, measure = self.sets[split]
+        judges = self.judges
+        if not (measure and not self.cfg.data):         # the oracle reads PairWorld alone
+            judges = {name: judge for name, judge in judges.items() if name != "oracle"}
+        cfg = SimpleNamespace(guidance=guidance, temperature=temperature, seed=self.cfg.seed)
+        at_once = batch or 8 * self.cfg.microbatch or 64
+        return benchmark(model, self.vq, judges, pairs, cfg, at_once, measure=measure)
 
     def quick(self, model):
-        """{"test": {judge: {"s_a", "s_g"}, ...}} of the quick pairs, for the log; {} if none."""
-        if self.quick_pairs is None:
-            return {}
-        report, _ = self.run(model, self.quick_pairs)
-        names = [name for name in (*self.judges, "pair_accuracy") if name in report]
-        return {"test": {name: report[name]["average"] for name in names}}
+        """The validation pairs -> (their s_g by the referee (P,), {judge: {"s_a", "s_g"}, ...} for
+        the log)."""
+        report, _ = self.run(model, "validation", self.cfg.guidance, self.cfg.temperature)
+        averages = {name: summary["average"] for name, summary in report.items() if name != "pairs"}
+        return pair_scores(report, self.referee), averages
+
+    def best_setting(self, model):
+        """The (w, tau) at which a model does best on the validation pairs, by the referee."""
+        scores = {}
+        for guidance in (self.cfg.guidance, 1.5 * self.cfg.guidance):
+            for temperature in TEMPERATURES:
+                report, _ = self.run(model, "validation", guidance, temperature)
+                scores[guidance, temperature] = report[self.referee]["average"]["s_g"]
+        return max(scores, key=scores.get)
 
     def before(self, reference, loop):
-        """The base model's side of the table. A resumed run keeps the one that it began with."""
+        """The base model's side of the table, at its best setting. A resumed run keeps the one that
+        it began with."""
         kept = loop.path.with_suffix(".before")
-        if self.pairs is None:
-            return
         if loop.resumed and kept.exists():
             tensors, meta = load_weights(kept)
-            self.base = meta["report"]
+            self.base, self.base_setting = meta["report"], meta["setting"]
             self.base_images = tensors["images"].numpy()
-        else:
-            self.base, images = self.run(reference, self.pairs)
-            reference.graphed = None    # it samples no more: its caches are free for the policy
-            self.base_images = self.first_images(images)
-            save_weights(kept, {"images": torch.from_numpy(self.base_images)}, report=self.base)
+            return
+        self.base_setting = self.best_setting(reference)
+        self.base, images = self.run(reference, "test", *self.base_setting)
+        reference.graphed = None        # it samples no more: its caches are free for the policy
+        self.base_images = self.first_images(images)
+        save_weights(kept, {"images": torch.from_numpy(self.base_images)}, report=self.base,
+                     setting=self.base_setting)
 
     def first_images(self, images):
         """images (P, 2, K, H, W, 3) -> (categories, 2, H, W, 3): of each pick the first image of
@@ -213,18 +301,32 @@ class BeforeAfter:
     def after(self, policy, steps):
         """Print the table, write paircomp.json and samples/before_after.png. steps: the run's log,
         whose quick tests are kept as the curve."""
-        if self.pairs is None:
-            print(without_test(steps))
-            return
         curve = [{"step": e["step"], **e["test"]} for e in steps if "test" in e]
         out = Path(self.cfg.out)
-        ppo, images = self.run(policy, self.pairs)
-        result = {"base": self.base, "ppo": ppo, "curve": curve, "config": asdict(self.cfg)}
+        setting = self.cfg.guidance, self.cfg.temperature
+        ppo, images = self.run(policy, "test", *setting)
+        result = {"base": self.base, "ppo": ppo, "curve": curve, "config": asdict(self.cfg),
+                  "base_setting": self.base_setting}
         write_atomically(out / "paircomp.json", json.dumps(result).encode())
         path = out / "samples" / "before_after.png"
         self.draw(path, self.first_images(images))
+        print(f"base: w {self.base_setting[0]:g}, tau {self.base_setting[1]:g}, its best on "
+              f"validation pairs; ppo: w {setting[0]:g}, tau {setting[1]:g}, as trained")
         print(format_before_after(self.base, ppo))
         print(f"images: {path}")
+        self.verdict(ppo)
+
+    def verdict(self, ppo):
+        """The run's last words: whether PPO is better than its base, by how much, and how sure."""
+        by = f"{self.referee} judge"
+        gain = pair_scores(ppo, self.referee) - pair_scores(self.base, self.referee)
+        gain = 100 * gain[np.isfinite(gain)]
+        error = 1.96 * gain.std() / len(gain) ** 0.5
+        low, high = gain.mean() - error, gain.mean() + error
+        words = ("PPO improved its base" if low > 0 else "PPO made its base WORSE" if high < 0 else
+                 "PPO did NOT improve its base, as far as these pairs can tell")
+        print(f"{words}: s_g of the {by} {gain.mean():+.1f} (95 % interval {low:+.1f} to "
+              f"{high:+.1f}, {len(gain)} test pairs), each at the setting above")
 
     def draw(self, path, ppo_images):
         """What is asked, if the pairs have images, the base model's images and the policy's."""
@@ -242,26 +344,13 @@ class BeforeAfter:
         image_grid(flat, labels, 2 * len(shown), scale).save(path)
 
 
-def without_test(steps):
-    """What the log of a run without a test can say of it."""
-    tenth = -(-len(steps) // 10)
-    first, last = steps[:tenth], steps[-tenth:]
-    reward, kl = ([np.nanmean([e[key] for e in part]) for part in (first, last)]
-                  for key in ("reward", "kl"))
-    worse = not reward[1] >= reward[0] - 0.01           # prompts differ from rollout to rollout
-    better = "FELL: this policy may be worse than its base" if worse else "did not fall"
-    return (f"not tested: --data without --test has no held-out pairs. Mean of the first and the "
-            f"last {tenth} rollouts: reward {reward[0]:.3f} -> {reward[1]:.3f}, KL {kl[0]:.3f} -> "
-            f"{kl[1]:.3f}. The reward of the training judge {better}")
-
-
 # -- Tables ----------------------------------------------------------------------------------------
 def report_lines(report):
     """(label, {column: value}) for every line of a report."""
     for name, summary in report.items():
-        if name == "pair_accuracy":
-            yield "pair accuracy", summary
-        elif name != "pairs":
+        if name in ("pair_accuracy", "exact", "choice"):
+            yield name.replace("_", " "), summary
+        elif name not in ("pairs", "setting"):
             for key in ("s_a", "s_g"):
                 yield f"{name} {key}", {c: values[key] for c, values in summary.items()}
 

@@ -50,7 +50,11 @@ OPTIONAL = {"size": ["size"], "fill": ["fill"], "ref": ["relation", "ref_color",
 # Chance that a caption names an optional part that is not the pair's difference. Captions to learn
 # from are long. Prompts, in PPO and in the test, are short, as people's and PairComp's are.
 LONG, SHORT = 0.6, 0.1
-HELD_OUT = 0.2          # share of the (count, color, shape) combinations that only the test has
+# Whose captions are careless, with `mistakes`: hearts, and all that is yellow.
+CARELESS = {"shape": "heart", "color": "yellow"}
+MISTAKABLE = ("size", "fill", "relation", "style", "letter")
+# Shares of the (count, color, shape) combinations that training does not have.
+HELD_OUT = {"test": 0.2, "validation": 0.125}
 
 RGB = {"red": (230, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 230), "yellow": (250, 210, 0)}
 WHITE, TILE, INK = (250, 250, 250), (15, 15, 15), (25, 25, 25)
@@ -291,12 +295,15 @@ def agreed_relation(objects, refs):
 
 # -- Pairs -----------------------------------------------------------------------------------------
 @cache
-def held_out_combinations():
-    """The (count, color, shape) combinations of the test. Every caption names all three, so that no
-    training prompt is ever a test prompt. The choice is fixed: every run has the same test."""
-    combinations = [(n, c, s) for n in range(4) for c in range(4) for s in range(4)]
-    order = np.random.default_rng(2506).permutation(len(combinations))
-    return frozenset(combinations[i] for i in order[:round(HELD_OUT * len(combinations))])
+def combinations(split):
+    """The (count, color, shape) combinations of a split. Every caption names all three, so that no
+    prompt of one split is ever one of another. They are fixed: every run has the same test."""
+    every = [(n, c, s) for n in range(4) for c in range(4) for s in range(4)]
+    order = [every[i] for i in np.random.default_rng(2506).permutation(len(every))]
+    n_test, n_validation = (round(HELD_OUT[name] * len(every)) for name in ("test", "validation"))
+    splits = {"test": order[:n_test], "validation": order[-n_validation:],
+              "train": order[n_test:-n_validation]}
+    return frozenset(splits[split])
 
 
 def random_scenes(rng, name, split):
@@ -305,19 +312,33 @@ def random_scenes(rng, name, split):
         scene = Scene(*(int(rng.integers(len(options))) for options in ATTRIBUTES.values()))
         others = [i for i in range(len(ATTRIBUTES[name])) if i != getattr(scene, name)]
         twin = scene._replace(**{name: int(rng.choice(others))})
-        held_out = [(s.count, s.color, s.shape) in held_out_combinations() for s in (scene, twin)]
-        if all(held_out) if split == "test" else not any(held_out):
+        if all((s.count, s.color, s.shape) in combinations(split) for s in (scene, twin)):
             return scene, twin
 
 
-def pairworld(n, split, seed, extra=SHORT):
+def is_careless(scene):
+    """Whether captions of this scene mistake details."""
+    return any(ATTRIBUTES[name][getattr(scene, name)] == word for name, word in CARELESS.items())
+
+
+def mistake(scenes, chance, rng):
+    """What careless captions say of a pair's scenes: each detail of MISTAKABLE is mistaken with
+    this chance, in both scenes alike, so that the captions still differ in one detail. A mistaken
+    value is its neighbor in ATTRIBUTES: left for right, small for large, A for C."""
+    names = [name for name in MISTAKABLE if rng.random() < chance]
+    return [scene._replace(**{name: getattr(scene, name) ^ 1 for name in names})
+            for scene in scenes]
+
+
+def pairworld(n, split, seed, extra=SHORT, mistakes=0.0):
     """n pairs -> PairSet.
 
-    split "test": held-out combinations, the six categories in turn, as in PairComp's average, no
-    two pairs with the same prompts. "train": the other combinations, the ten attributes in turn, so
-    that each is learned equally often. extra: see LONG and SHORT."""
+    split "test" and "validation": held-out combinations, the six categories in turn, as in
+    PairComp's average, no two pairs with the same prompts. "train": the other combinations, the ten
+    attributes in turn, so that each is learned equally often. extra: see LONG and SHORT. mistakes: the
+    chance of `mistake` where one of the two scenes `is_careless`."""
     category_of = {name: category for category, names in CATEGORIES.items() for name in names}
-    rng = np.random.default_rng([seed, split == "test"])
+    rng = np.random.default_rng([seed, ("train", "test", "validation").index(split)])
     prompts, images, categories, seen = [], [], [], set()
     while len(prompts) < n:
         if split == "train":
@@ -329,7 +350,10 @@ def pairworld(n, split, seed, extra=SHORT):
         named = {part for part, names in OPTIONAL.items() if name in names or rng.random() < extra}
         layout = Layout(int(rng.integers(3)), tuple(rng.permutation(4).tolist()),
                         int(rng.integers(2)), int(rng.integers(2)))
-        pair = caption(scene, named), caption(twin, named)
+        said = scene, twin
+        if mistakes > 0 and any(is_careless(s) for s in said):
+            said = mistake(said, mistakes, rng)
+        pair = tuple(caption(s, named) for s in said)
         if split == "test" and frozenset(pair) in seen:
             continue
         seen.add(frozenset(pair))

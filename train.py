@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
@@ -34,8 +35,8 @@ import ppo
 from common import Loop, UserError, adamw, copy_file, load_module, make_folder, muon_and_adamw
 from common import only_process, pick_device, read_json, save_weights, step_random, uses_bf16
 from common import write_json
-from data import PairSet, image_grid, read_pairs, read_prompts
-from eval_paircomp import BeforeAfter, benchmark_pairs, generate_images
+from data import image_grid, read_prompts, read_splits
+from eval_paircomp import VALIDATION_PAIRS, BeforeAfter, generate_images
 from model import ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score
 from model import usual_guidance
 from pairworld import ATTRIBUTES, LONG, SHORT, TextTokens, pairworld, read_scene
@@ -88,9 +89,11 @@ class Tokenizer(Common):
 @dataclass
 class Pretrain(Common):
     init: str = flag("", "run folder whose base model is fine-tuned; empty starts from nothing")
-    extra: float = flag(0.45, "chance that a PairWorld caption names an optional part. Judges "
+    extra: float = flag(0.65, "chance that a PairWorld caption names an optional part. Judges "
                               "learn with 0.6: the base model is to know details less well")
-    steps: int = flag(650, "optimizer steps", least=1)
+    mistakes: float = flag(0.6, "chance that a PairWorld caption of a careless subject, hearts and "
+                                "all that is yellow, mistakes a detail: left for right", least=0)
+    steps: int = flag(1200, "optimizer steps", least=1)
     batch: int = flag(32, "images a step", least=1)
     microbatch: int = flag(0, "images a backward, to fit the memory; 0 is the whole batch. Layers "
                               "then also recompute their activations", least=0)
@@ -186,12 +189,19 @@ PRESETS = {
 
 
 # -- What the stages share -------------------------------------------------------------------------
-def training_pairs(cfg, image_size, extra):
-    """The pairs of --data, or PairWorld's, whose captions name an optional part with a chance of
-    `extra`."""
+def training_pairs(cfg, image_size, extra, mistakes=0.0):
+    """The training pairs of --data, or PairWorld's, whose captions name an optional part with a
+    chance of `extra` and mistake details with a chance of `mistakes`."""
     if cfg.data:
-        return read_pairs(cfg.data, image_size)
-    return pairworld(cfg.n_pairs, "train", cfg.seed, extra)
+        return read_splits(cfg.data, image_size)["train"]
+    return pairworld(cfg.n_pairs, "train", cfg.seed, extra, mistakes)
+
+
+def test_pairs(cfg, image_size):
+    """Held-out pairs of --data or of PairWorld, for the reports of the stages before PPO."""
+    if cfg.data:
+        return read_splits(cfg.data, image_size)["test"]
+    return pairworld(300, "test", 1)
 
 
 def images_of(pairs, indices):
@@ -272,7 +282,7 @@ def train_tokenizer(cfg, loop):
         psnr = 10 * math.log10(4 / (reconstruction - x).square().mean().item())
         loop.log(step, loss=loss, psnr=psnr, perplexity=perplexity, batch_usage=used,
                  restarts=restarts, grad_norm=grad_norm)
-    report_tokenizer(cfg, vq.eval(), pairs, device, loop)
+    report_tokenizer(cfg, vq.eval(), device, loop)
     save_weights(Path(cfg.out) / "tokenizer.safetensors", vq.state_dict(), config=asdict(vq.cfg))
     loop.finish()
 
@@ -282,10 +292,10 @@ def draw_images(pairs, rng, n, device):
     return from_pixels(images_of(pairs, rng.integers(len(pairs), size=max(1, n // 2))), device)
 
 
-def report_tokenizer(cfg, vq, pairs, device, loop):
+def report_tokenizer(cfg, vq, device, loop):
     """How well images come back. PairWorld's legibility: how often the oracle reads the same value
     of an attribute off an image and its reconstruction."""
-    test = pairs if cfg.data else pairworld(300, "test", 1)
+    test = test_pairs(cfg, vq.cfg.image_size)
     images = images_of(test, np.arange(min(300, len(test))))
     ids = encode_images(vq, images, device)
     again = decode_ids(vq, ids)
@@ -296,7 +306,7 @@ def report_tokenizer(cfg, vq, pairs, device, loop):
         same = (read_scene(images) == read_scene(again)).mean(0).tolist()
         report["legibility"] = dict(zip(ATTRIBUTES, same))
     loop.report(report=report)
-    print(f"tokenizer, {'training' if cfg.data else 'held-out'} images: {show(report)}")
+    print(f"tokenizer, held-out images: {show(report)}")
     beside = np.stack([images[:16], again[:16]], 1)                     # (16, 2, H, W, 3)
     save_samples(cfg, "tokenizer.png", beside.reshape(-1, *images.shape[1:]))
 
@@ -309,7 +319,7 @@ def train_pretrain(cfg, loop):
     vq, model = new_model(cfg, device)
     model.recompute = cfg.microbatch > 0
     model.bf16 = uses_bf16(cfg.dtype, device)
-    pairs = training_pairs(cfg, vq.cfg.image_size, cfg.extra).with_images()
+    pairs = training_pairs(cfg, vq.cfg.image_size, cfg.extra, cfg.mistakes).with_images()
     prompts = pairs.flat_prompts()
     model.prompt_ids(prompts)           # one that is too long is an error now, not half way
     # PairWorld's images are encoded once. A folder's may be too many: when a batch has them.
@@ -334,7 +344,7 @@ def train_pretrain(cfg, loop):
         grad_norm = loop.optimizer_step(step)
         loop.log(step, **average(stats), grad_norm=grad_norm)
 
-    test = pairs if cfg.data else benchmark_pairs(4)
+    test = test_pairs(cfg, vq.cfg.image_size)
     prompts = test.flat_prompts()[:32]
     at_once = min(64, 2 * (cfg.microbatch or cfg.batch))                # less memory than training
     images = generate_images(model.eval(), vq, prompts, 1, usual_guidance(model), 1.0, cfg.seed,
@@ -403,24 +413,22 @@ def train_reward(cfg, loop):
             metrics[f"accuracy_{name}"] = accuracy
         grad_norm = loop.optimizer_step(step)
         loop.log(step, **metrics, grad_norm=grad_norm)
-    report_judges(cfg, vq, judges, pairs, device, loop)
+    report_judges(cfg, vq, judges, device, loop)
     save_judges(Path(cfg.out) / "reward.safetensors", judges)
     loop.finish()
 
 
-def report_judges(cfg, vq, judges, pairs, device, loop):
+def report_judges(cfg, vq, judges, device, loop):
     """Accuracy and calibration on images as they are, and as they come back from the tokenizer."""
-    test = pairs if cfg.data else pairworld(300, "test", 2)
-    images = test.load(np.arange(min(300, len(test))))                  # (P, 2, H, W, 3)
+    test = test_pairs(cfg, vq.cfg.image_size).with_images()
+    images = test.load(np.arange(len(test)))                            # (P, 2, H, W, 3)
     ids = encode_images(vq, images.reshape(-1, *images.shape[2:]), device)
     again = decode_ids(vq, ids).reshape(images.shape)
-    test = PairSet(test.prompts[:300], images, test.categories[:300])
     for name, judge in judges.items():
         for kind, shown in (("renderings", images), ("reconstructions", again)):
             report = judge_report(NetworkJudge(judge, device), shown, test)
             loop.report(judge=name, on=kind, report=report)
-            split = "training" if cfg.data else "held-out"
-            print(f"{name} judge, {split} {kind}: {show(report)}")
+            print(f"{name} judge, held-out {kind}: {show(report)}")
 
 
 # -- Stage 4 ---------------------------------------------------------------------------------------
@@ -437,12 +445,17 @@ def train_ppo(cfg, loop, algo=ppo):
     check_ppo_prompts(cfg, policy, [pairs, unpaired, test.pairs])
     sampling = dict(empty=empty_ids(policy), guidance=cfg.guidance, temperature=cfg.temperature)
     n_questions = len(inspect.signature(algo.REWARDS[cfg.reward]).parameters)
-    loop.start({"model": policy}, [adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)])
+    best = BestState(policy)
+    optimizer = adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)
+    loop.start({"model": policy}, [optimizer], best.tensors)
+    loop.lr_share = best.tensors["lr_share"].item()                     # of a resumed run
     test.before(reference, loop)
 
     for step in loop:
         rng, generator = step_random(cfg, "ppo", step, device)
-        metrics = test.quick(policy) if step % cfg.eval_every == 0 else {}
+        metrics = {}
+        if step % cfg.eval_every == 0:
+            metrics["test"] = best.test(step, policy, optimizer, loop, test)
 
         with torch.no_grad():
             # 1. Rollout: G images for each of 2P prompts. Rows are (pair, prompt, sample)
@@ -507,9 +520,61 @@ def train_ppo(cfg, loop, algo=ppo):
         if (step + 1) % cfg.eval_every == 0:
             save_samples(cfg, f"ppo_{step + 1:04d}.png", images[G - 1::G][:16], prompts[:16], 8, 5)
 
+    best.test(cfg.steps, policy, optimizer, loop, test)
+    best.restore(policy)
+    print(best.describe())
     test.after(policy, loop.entries())
     save_policy(cfg.out, "ppo", policy)
     loop.finish()
+
+
+class BestState:
+    """The rule that makes PPO safe on any data. Every `eval_every` rollouts the policy is tested on
+    validation pairs. The best state so far is kept, and is what the run ends with; it begins as the
+    base model. If the policy has become worse than that, by more than two standard errors of the
+    pairs' differences, it goes back to the best state and the learning rate is halved."""
+
+    def __init__(self, policy):
+        self.tensors = {f"best.{name}": x.detach().cpu().clone()
+                        for name, x in policy.state_dict().items()}
+        self.tensors |= {"scores": torch.full((VALIDATION_PAIRS,), torch.nan),
+                         "first_scores": torch.full((VALIDATION_PAIRS,), torch.nan),
+                         "rollouts": torch.tensor(0), "lr_share": torch.tensor(1.0)}
+
+    def test(self, step, policy, optimizer, loop, test):
+        """Tests the policy after `step` rollouts and follows the rule -> what to log."""
+        scores, report = test.quick(policy)
+        t = self.tensors
+        new = F.pad(torch.from_numpy(scores).float(), (0, VALIDATION_PAIRS - len(scores)),
+                    value=torch.nan)
+        gain = new - t["scores"]
+        gain = gain[gain.isfinite()]
+        if step == 0 or gain.mean() > 0:
+            t["scores"].copy_(new)
+            t["rollouts"].fill_(step)
+            for name, x in policy.state_dict().items():
+                t[f"best.{name}"].copy_(x)
+            if step == 0:
+                t["first_scores"].copy_(new)
+        elif gain.mean() < -2 * gain.std() / len(gain) ** 0.5:
+            self.restore(policy)
+            optimizer.state.clear()
+            t["lr_share"] *= 0.5
+        loop.lr_share = t["lr_share"].item()
+        return report
+
+    def restore(self, policy):
+        policy.load_state_dict({name: self.tensors[f"best.{name}"] for name in policy.state_dict()})
+
+    def describe(self):
+        t = self.tensors
+        gain = (t["scores"] - t["first_scores"])
+        gain = 100 * gain[gain.isfinite()].mean().item()
+        if t["rollouts"] == 0:
+            return ("PPO did NOT improve its base on validation pairs: ppo.safetensors holds the "
+                    "base model")
+        return (f"best on validation pairs after {t['rollouts']} rollouts (s_g {gain:+.1f}); the "
+                f"learning rate was halved {-t['lr_share'].log2().item():.0f} times")
 
 
 def open_judges(cfg, device):
@@ -523,8 +588,7 @@ def open_judges(cfg, device):
     if cfg.heldout_judge:
         judges["heldout"] = open_elsewhere([cfg.heldout_judge], device)
     judges["oracle"] = OracleJudge()
-    names = ("train", "heldout") if cfg.test else ("train", "heldout", "oracle")
-    return {name: judges[name] for name in names if name in judges}
+    return {name: judges[name] for name in ("train", "heldout", "oracle") if name in judges}
 
 
 def check_ppo_prompts(cfg, policy, sets):

@@ -15,6 +15,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -24,11 +25,11 @@ import eval_paircomp
 from common import UserError, first_few, make_folder, pick_device, read_json, tensor_bytes
 from common import write_atomically, write_json
 from data import PairSet, load_image
-from eval_paircomp import IMAGES_PER_PROMPT, benchmark, benchmark_pairs, image_chunks, percents
-from eval_paircomp import report_lines, summarize, text_table
+from eval_paircomp import IMAGES_PER_PROMPT, BeforeAfter, image_chunks, percents, report_lines
+from eval_paircomp import summarize, text_table
 from extras.judges import JudgeError, check_spec, is_elsewhere, open_judges
 from extras.leaderboard import format_leaderboard
-from model import load_policy
+from model import load_policy, run_settings, usual_guidance
 from pairworld import IMAGE_SIZE
 from reward import OracleJudge, load_judges
 from sample import add_policy_flags, check_policy_flags, fill_sampling
@@ -61,12 +62,12 @@ def format_report(report):
 
 
 def run_benchmark(args):
-    """Judge a policy's images of the PairWorld benchmark: prints a table, writes
-    RUN/paircomp_POLICY.json."""
+    """Judge a policy's images of the held-out pairs of PairWorld, or of the run's --data: prints a
+    table, writes RUN/paircomp_POLICY.json."""
     device = pick_device(args.device)
-    pairs = benchmark_pairs(args.n)
     vq, model = load_policy(args.run, args.policy, device, compile=args.compile)
-    if vq.cfg.image_size != IMAGE_SIZE or model.text.empty is None:
+    data = run_settings(args.run, "pretrain").get("data", "")
+    if not data and (vq.cfg.image_size != IMAGE_SIZE or model.text.empty is None):
         raise UserError(f"{args.run}: is no model of PairWorld, whose benchmark this is; use "
                         "generate, score and summarize")
     if args.judge:
@@ -77,11 +78,15 @@ def run_benchmark(args):
         raise UserError(f"{args.run}: has no judges of its own (it was trained with --judge); give "
                         "--judge URL or transformers:DIR")
     fill_sampling(args, model)
-    with tqdm(total=2 * len(pairs), desc="generate", unit="prompt") as bar:
-        report, _ = benchmark(model, vq, judges, pairs, args, args.batch, bar.update)
+    test = BeforeAfter(SimpleNamespace(data=data, test="", eval_pairs=args.n, seed=args.seed,
+                                       microbatch=0, guidance=usual_guidance(model)), vq, judges)
+    if args.best:
+        args.guidance, args.temperature = test.best_setting(model)
+    report, images = test.run(model, "test", args.guidance, args.temperature, args.batch)
     path = Path(args.run) / f"paircomp_{args.policy}.json"
-    write_json(path, report)
-    print(format_report(report), f"written to {path}", sep="\n")
+    write_json(path, report | {"setting": [args.guidance, args.temperature]})
+    print(f"w {args.guidance:g}, tau {args.temperature:g}", format_report(report),
+          f"written to {path}", sep="\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,7 +379,9 @@ def parse(argv):
     world = commands.add_parser("benchmark", allow_abbrev=False,
                                 help="the PairWorld benchmark of --run DIR (the default)")
     add_policy_flags(world)
-    world.add_argument("--n", type=int, default=20, help="pairs a category (20)")
+    world.add_argument("--n", type=int, default=20, help="pairs a category of PairWorld (20)")
+    world.add_argument("--best", action="store_true", help="at the (w, tau) that is best on "
+                       "validation pairs, by the held-out judge")
     world.add_argument("--judge", action="append",
                        help="instead of the run's own: http://HOST:PORT/v1 or transformers:DIR")
 
