@@ -127,8 +127,8 @@ class Reward(Common):
 @dataclass
 class PPO(Common):
     prompts: str = flag("", "a text file of unpaired prompts to mix in, one a line", "official")
-    steps: int = flag(300, "rollouts", "ours; official 1600", least=1)
-    pairs: int = flag(8, "pairs a rollout (P)", "ours; official 8, one a GPU", least=1)
+    steps: int = flag(60, "rollouts", "ours; official 1600", least=1)
+    pairs: int = flag(16, "pairs a rollout (P)", "ours; official 8, one a GPU", least=1)
     samples: int = flag(6, "images a prompt (G)", "ours; official 7", least=2)
     epochs: int = flag(1, "passes over a rollout", "official", least=1)
     minibatches: int = flag(2, "optimizer steps an epoch; pairs stay whole", "ours; official 1",
@@ -137,10 +137,10 @@ class PPO(Common):
                               "Layers then also recompute their activations, and at most 8 times "
                               "as many are sampled at once", least=0)
     lr: float = flag(2e-4, "peak learning rate", "ours; official 1e-5 for 7B", least=0)
-    warmup: int = flag(10, "rollouts of rising learning rate", "ours; official 100")
+    warmup: int = flag(5, "rollouts of rising learning rate", "ours; official 100")
     guidance: float = flag(1.0, "w of classifier-free guidance; 1 has no second branch",
                            "ours; official 5")
-    temperature: float = flag(1.0, "tau", "official, in effect", least=1e-6)
+    temperature: float = flag(0.6, "tau, of samples, scores and tests", "ours; official 1", least=1e-6)
     advantage: str = flag("pair", "pool of mean and std: Pair-GRPO or vanilla", "paper",
                           choices=tuple(ppo.POOLS))
     clip: float = flag(0.2, "PPO's epsilon", "ours; no effect in the official code", least=0)
@@ -160,7 +160,7 @@ class PPO(Common):
     compile: str = flag("auto", "auto: a decoding step is a CUDA graph on cuda, plain PyTorch "
                                 "elsewhere; off: plain PyTorch; on: torch.compile, of scoring too",
                         choices=("auto", "off", "on"))
-    eval_every: int = flag(25, "rollouts between quick tests", least=1)
+    eval_every: int = flag(10, "rollouts between quick tests, see BestState", least=1)
     eval_pairs: int = flag(20, "test pairs a category in the table before and after", least=1)
     decay = 0.3
 
@@ -184,7 +184,7 @@ PRESETS = {
         "tokenizer": dict(out="runs/janus"), "reward": dict(out="runs/janus"),
         "pretrain": dict(out="runs/janus", lr=1e-5, muon_lr=0.0, caption_dropout=0.1, microbatch=4),
         "ppo": dict(out="runs/janus", lr=1e-5, warmup=100, steps=1600, pairs=4, samples=7,
-                    guidance=5.0, microbatch=4)},
+                    guidance=5.0, temperature=1.0, eval_every=25, microbatch=4)},
 }
 
 
