@@ -412,7 +412,7 @@ class Loop:
     def optimizer_step(self, step):
         """Clip the gradients, step, and forget them -> their norm before clipping. UserError if it
         is not finite, before that harms the weights."""
-        share = self.lr_share * schedule(self.cfg, step)
+        share = float(self.lr_share) * schedule(self.cfg, step)
         for optimizer, peaks in zip(self.optimizers, self.peaks):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * share

@@ -350,7 +350,7 @@ def report_lines(report):
     for name, summary in report.items():
         if name in ("pair_accuracy", "exact", "choice"):
             yield name.replace("_", " "), summary
-        elif name not in ("pairs", "setting"):
+        elif name != "pairs":
             for key in ("s_a", "s_g"):
                 yield f"{name} {key}", {c: values[key] for c, values in summary.items()}
 

@@ -335,8 +335,9 @@ def pairworld(n, split, seed, extra=SHORT, mistakes=0.0):
 
     split "test" and "validation": held-out combinations, the six categories in turn, as in
     PairComp's average, no two pairs with the same prompts. "train": the other combinations, the ten
-    attributes in turn, so that each is learned equally often. extra: see LONG and SHORT. mistakes: the
-    chance of `mistake` where one of the two scenes `is_careless`."""
+    attributes in turn, so that each is learned equally often.
+
+    extra: see LONG and SHORT. mistakes: the chance of `mistake` where a scene `is_careless`."""
     category_of = {name: category for category, names in CATEGORIES.items() for name in names}
     rng = np.random.default_rng([seed, ("train", "test", "validation").index(split)])
     prompts, images, categories, seen = [], [], [], set()

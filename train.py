@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
@@ -36,7 +35,7 @@ from common import Loop, UserError, adamw, copy_file, load_module, make_folder, 
 from common import only_process, pick_device, read_json, save_weights, step_random, uses_bf16
 from common import write_json
 from data import image_grid, read_prompts, read_splits
-from eval_paircomp import VALIDATION_PAIRS, BeforeAfter, generate_images
+from eval_paircomp import BeforeAfter, generate_images
 from model import ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score
 from model import usual_guidance
 from pairworld import ATTRIBUTES, LONG, SHORT, TextTokens, pairworld, read_scene
@@ -140,7 +139,8 @@ class PPO(Common):
     warmup: int = flag(5, "rollouts of rising learning rate", "ours; official 100")
     guidance: float = flag(1.0, "w of classifier-free guidance; 1 has no second branch",
                            "ours; official 5")
-    temperature: float = flag(0.6, "tau, of samples, scores and tests", "ours; official 1", least=1e-6)
+    temperature: float = flag(0.6, "tau: of samples, scores and tests", "ours; official 1",
+                              least=1e-6)
     advantage: str = flag("pair", "pool of mean and std: Pair-GRPO or vanilla", "paper",
                           choices=tuple(ppo.POOLS))
     clip: float = flag(0.2, "PPO's epsilon", "ours; no effect in the official code", least=0)
@@ -445,17 +445,14 @@ def train_ppo(cfg, loop, algo=ppo):
     check_ppo_prompts(cfg, policy, [pairs, unpaired, test.pairs])
     sampling = dict(empty=empty_ids(policy), guidance=cfg.guidance, temperature=cfg.temperature)
     n_questions = len(inspect.signature(algo.REWARDS[cfg.reward]).parameters)
-    best = BestState(policy)
     optimizer = adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)
+    best = BestState(policy, optimizer, test, loop)
     loop.start({"model": policy}, [optimizer], best.tensors)
-    loop.lr_share = best.tensors["lr_share"].item()                     # of a resumed run
     test.before(reference, loop)
 
     for step in loop:
         rng, generator = step_random(cfg, "ppo", step, device)
-        metrics = {}
-        if step % cfg.eval_every == 0:
-            metrics["test"] = best.test(step, policy, optimizer, loop, test)
+        metrics = best.test(step) if step % cfg.eval_every == 0 else {}
 
         with torch.no_grad():
             # 1. Rollout: G images for each of 2P prompts. Rows are (pair, prompt, sample)
@@ -520,61 +517,63 @@ def train_ppo(cfg, loop, algo=ppo):
         if (step + 1) % cfg.eval_every == 0:
             save_samples(cfg, f"ppo_{step + 1:04d}.png", images[G - 1::G][:16], prompts[:16], 8, 5)
 
-    best.test(cfg.steps, policy, optimizer, loop, test)
-    best.restore(policy)
-    print(best.describe())
+    best.finish(cfg.steps)
     test.after(policy, loop.entries())
     save_policy(cfg.out, "ppo", policy)
     loop.finish()
 
 
 class BestState:
-    """The rule that makes PPO safe on any data. Every `eval_every` rollouts the policy is tested on
-    validation pairs. The best state so far is kept, and is what the run ends with; it begins as the
-    base model. If the policy has become worse than that, by more than two standard errors of the
-    pairs' differences, it goes back to the best state and the learning rate is halved."""
+    """The rule that keeps PPO safe on any data. Every `eval_every` rollouts the policy is tested on
+    validation pairs. The best state so far is kept, and a run ends with it; it begins as the base
+    model. If the policy has become worse than that, by more than two standard errors of the pairs'
+    differences, it goes back to the best state and the learning rate is halved."""
 
-    def __init__(self, policy):
-        self.tensors = {f"best.{name}": x.detach().cpu().clone()
-                        for name, x in policy.state_dict().items()}
-        self.tensors |= {"scores": torch.full((VALIDATION_PAIRS,), torch.nan),
-                         "first_scores": torch.full((VALIDATION_PAIRS,), torch.nan),
-                         "rollouts": torch.tensor(0), "lr_share": torch.tensor(1.0)}
+    def __init__(self, policy, optimizer, test, loop):
+        self.policy = policy
+        self.optimizer = optimizer
+        self.before_after = test
+        n = len(test.sets["validation"][0])
+        self.weights = {name: x.detach().cpu().clone() for name, x in policy.state_dict().items()}
+        self.scores = torch.full((n,), torch.nan)       # s_g of the validation pairs, the best's
+        self.base_scores = torch.full((n,), torch.nan)
+        self.rollouts = torch.tensor(0)                 # after which the best was tested
+        loop.lr_share = self.lr_share = torch.tensor(1.0)
+        self.tensors = {f"best.{name}": x for name, x in self.weights.items()}      # for --resume
+        self.tensors |= {"scores": self.scores, "base_scores": self.base_scores,
+                         "rollouts": self.rollouts, "lr_share": self.lr_share}
 
-    def test(self, step, policy, optimizer, loop, test):
+    def test(self, step):
         """Tests the policy after `step` rollouts and follows the rule -> what to log."""
-        scores, report = test.quick(policy)
-        t = self.tensors
-        new = F.pad(torch.from_numpy(scores).float(), (0, VALIDATION_PAIRS - len(scores)),
-                    value=torch.nan)
-        gain = new - t["scores"]
-        gain = gain[gain.isfinite()]
+        scores, report = self.before_after.quick(self.policy)
+        scores = torch.from_numpy(scores).float()
+        gain = scores - self.scores
+        gain = gain[gain.isfinite()]                    # NaN: the judge had no answer
+        if step == 0:
+            self.base_scores.copy_(scores)
         if step == 0 or gain.mean() > 0:
-            t["scores"].copy_(new)
-            t["rollouts"].fill_(step)
-            for name, x in policy.state_dict().items():
-                t[f"best.{name}"].copy_(x)
-            if step == 0:
-                t["first_scores"].copy_(new)
+            self.scores.copy_(scores)
+            self.rollouts.fill_(step)
+            for name, x in self.policy.state_dict().items():
+                self.weights[name].copy_(x)
         elif gain.mean() < -2 * gain.std() / len(gain) ** 0.5:
-            self.restore(policy)
-            optimizer.state.clear()
-            t["lr_share"] *= 0.5
-        loop.lr_share = t["lr_share"].item()
-        return report
+            self.policy.load_state_dict(self.weights)
+            self.optimizer.state.clear()
+            self.lr_share *= 0.5
+        return {"test": report, "lr_share": self.lr_share.item()}
 
-    def restore(self, policy):
-        policy.load_state_dict({name: self.tensors[f"best.{name}"] for name in policy.state_dict()})
-
-    def describe(self):
-        t = self.tensors
-        gain = (t["scores"] - t["first_scores"])
-        gain = 100 * gain[gain.isfinite()].mean().item()
-        if t["rollouts"] == 0:
-            return ("PPO did NOT improve its base on validation pairs: ppo.safetensors holds the "
-                    "base model")
-        return (f"best on validation pairs after {t['rollouts']} rollouts (s_g {gain:+.1f}); the "
-                f"learning rate was halved {-t['lr_share'].log2().item():.0f} times")
+    def finish(self, step):
+        """The policy becomes the best state, and what was found is printed."""
+        self.test(step)
+        self.policy.load_state_dict(self.weights)
+        gain = (self.scores - self.base_scores).nanmean().item()
+        halved = round(-self.lr_share.log2().item())
+        if self.rollouts == 0:
+            print("\nno tested state was better than the base on validation pairs: "
+                  "ppo.safetensors holds the base model")
+        else:
+            print(f"\nbest on validation pairs: after {self.rollouts} of {step} rollouts, s_g "
+                  f"{100 * gain:+.1f}; the learning rate was halved {halved} times")
 
 
 def open_judges(cfg, device):

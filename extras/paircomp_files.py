@@ -82,9 +82,9 @@ def run_benchmark(args):
                                        microbatch=0, guidance=usual_guidance(model)), vq, judges)
     if args.best:
         args.guidance, args.temperature = test.best_setting(model)
-    report, images = test.run(model, "test", args.guidance, args.temperature, args.batch)
+    report, _ = test.run(model, "test", args.guidance, args.temperature, args.batch)
     path = Path(args.run) / f"paircomp_{args.policy}.json"
-    write_json(path, report | {"setting": [args.guidance, args.temperature]})
+    write_json(path, report)
     print(f"w {args.guidance:g}, tau {args.temperature:g}", format_report(report),
           f"written to {path}", sep="\n")
 

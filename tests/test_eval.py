@@ -161,11 +161,28 @@ def test_paircomp_keeps_images_with_their_prompts():
 def test_paircomp_of_ground_truth():
     pairs = pairworld(2, "test", seed=1)
     judges = {"oracle": OracleJudge()}
-    report = ev.paircomp(pairs.images[:, :, None], pairs, judges, pairworld=True)
+    report = ev.paircomp(pairs.images[:, :, None], pairs, judges, ev.measure_pairworld(pairs))
     assert report["pair_accuracy"]["average"] == 1
     assert report["oracle"]["average"] == {"s_a": 1, "s_g": 1}
     right = {"oracle": [[1, 1]] * 2, "pair_accuracy": [1, 1], "categories": pairs.categories}
     assert report["pairs"] == right
+
+
+def test_nearest_images_by_hand():
+    """Own images have an oracle too: the images themselves."""
+    own = np.zeros((2, 2, 4, 4, 3), np.uint8)
+    own[0, 1], own[1, 0], own[1, 1] = 60, 120, 240
+    other = np.full((1, 4, 4, 3), 20, np.uint8)                         # of another pair
+    shown = np.stack([own, own], 2)                                     # (2, 2, K=2, 4, 4, 3)
+    gallery = np.concatenate([own.reshape(4, 4, 4, 3), other])
+    perfect = ev.nearest_images(shown, own, gallery)
+    assert {name: values.tolist() for name, values in perfect.items()} == {
+        "exact": [1, 1], "choice": [1, 1], "pair_accuracy": [1, 1]}
+    shown[0, 0, 0] = 25                 # nearer to its own than to its twin's, nearest to the other
+    shown[1, 1, 1] = 130                # nearer to its twin's
+    found = ev.nearest_images(shown, own, gallery)
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "exact": [0.75, 0.75], "choice": [1, 0.75], "pair_accuracy": [1, 0]}
 
 
 def cells(table):

@@ -795,7 +795,9 @@ def test_a_rollout_is_judged_while_the_base_model_scores_it(
         return score(model, *args, **options)
 
     monkeypatch.setattr(train, "score", wait_and_score)
-    monkeypatch.setattr(ev.BeforeAfter, "test_pairs", lambda self, n: None)  # no table
+    for name in ("before", "after"):  # no table
+        monkeypatch.setattr(ev.BeforeAfter, name, lambda *args: None)
+    monkeypatch.setattr(ev.BeforeAfter, "quick", lambda *args: (np.ones(48), {}))
     before = len(seen(url)["requests"])
     run = new_run(base, tmp_path / "run")
     train.main([*PPO, "--steps", "1", "--judge", url, "--out", str(run)])

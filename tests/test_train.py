@@ -214,17 +214,60 @@ def test_own_pairs_go_through_every_stage(tmp_path, capsys, recwarn):
                 "margin", *args])
     assert (tmp_path / "run" / "ppo.safetensors").exists()
     # Such a run said nothing about whether PPO helped, and warned of an empty legend.
-    says = "not tested: --data without --test has no held-out pairs"
-    assert says in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("pair accuracy  ppo") for line in lines)
+    assert any("its base" in line and "test pairs), each at" in line for line in lines[-3:])
+    report = json.loads((tmp_path / "run" / "paircomp.json").read_text())
+    assert {"train", "heldout", "exact", "choice", "pair_accuracy"} < set(report["ppo"])
+    assert (tmp_path / "run" / "samples" / "before_after.png").exists()
     assert not [w for w in recwarn if "legend" in str(w.message) or "artists" in str(w.message)]
 
 
-def test_a_run_without_a_test_says_when_its_reward_fell():
-    steps = [{"reward": 0.4 - 0.01 * i, "kl": 0.1 * i} for i in range(20)]
-    says = eval_paircomp.without_test(steps)
-    assert "first and the last 2 rollouts: reward 0.395 -> 0.215, KL 0.050 -> 1.850" in says
-    assert "FELL: this policy may be worse than its base" in says
-    assert "did not fall" in eval_paircomp.without_test(steps[::-1])
+def best_state(policy, optimizer, scores):
+    """A BestState whose quick tests give these scores, one after the other."""
+    answers = iter(scores)
+    test = SimpleNamespace(sets={"validation": ([None] * 8, None)},
+                           quick=lambda model: (np.array(next(answers)), {}))
+    return train.BestState(policy, optimizer, test, SimpleNamespace())
+
+
+def test_a_policy_that_became_worse_goes_back_and_slows_down(capsys):
+    """On images for which its settings had not been tuned PPO harmed for hours: the reward fell
+    from .43 to .26, and the last state, the worst, was what was saved."""
+    policy = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    noise = np.array([0.0, 0.02, -0.02, 0.01, -0.01, 0.02, -0.02, 0.0])
+    best = best_state(policy, optimizer, [0.5 + noise, 0.6 - noise, 0.595 + noise, 0.3 + noise,
+                                          0.31 + noise])
+
+    def test_after(step, weight):
+        policy.weight.data.fill_(weight)
+        optimizer.state[policy.weight] = {"step": torch.tensor(1.0)}
+        return best.test(step)["lr_share"]
+    assert test_after(0, 1.0) == 1 and best.weights["weight"].item() == 1
+    assert test_after(10, 2.0) == 1 and best.weights["weight"].item() == 2
+    assert test_after(20, 3.0) == 1                     # a little worse is noise: it goes on
+    assert policy.weight.item() == 3 and best.weights["weight"].item() == 2 and optimizer.state
+    assert test_after(30, 4.0) == 0.5                   # plainly worse: back, at half the rate
+    assert policy.weight.item() == 2 and not optimizer.state
+    policy.weight.data.fill_(5.0)
+    best.finish(40)
+    assert policy.weight.item() == 2
+    says = "best on validation pairs: after 10 of 40 rollouts, s_g +10.0; the learning rate was "
+    assert says + "halved 2 times" in capsys.readouterr().out
+
+
+def test_a_run_that_did_not_improve_ends_with_its_base_and_says_so(capsys):
+    policy = torch.nn.Linear(1, 1, bias=False)
+    best = best_state(policy, torch.optim.AdamW(policy.parameters()),
+                      [np.full(8, 0.5), np.full(8, 0.4)])
+    policy.weight.data.fill_(1.0)
+    best.weights["weight"].fill_(1.0)
+    best.test(0)
+    policy.weight.data.fill_(2.0)
+    best.finish(10)
+    assert policy.weight.item() == 1
+    assert "ppo.safetensors holds the base model" in capsys.readouterr().out
 
 
 def test_an_unpaired_prompt_is_paid_for_itself_alone(smoke, tmp_path, monkeypatch):
@@ -270,7 +313,7 @@ def test_a_broken_image_loses_nothing(smoke, tmp_path, monkeypatch):
     run. It ends with its state saved, and with the image mended it ends with the bits of one that
     was never stopped."""
     write_pairs(pairworld(20, "train", 3), tmp_path / "data")
-    image = tmp_path / "data" / "images" / "00007_1.png"
+    image = data.read_splits(tmp_path / "data" / "pairs.json", 32)["train"].images[7][0]
     args = ["--stage", "pretrain", "--preset", "smoke", "--data",
             str(tmp_path / "data" / "pairs.json"), "--steps", "4", "--batch", "4", "--device",
             "cpu"]
@@ -290,8 +333,8 @@ def test_a_broken_image_loses_nothing(smoke, tmp_path, monkeypatch):
         finally:
             image.write_bytes(good)
     monkeypatch.setattr(data.PairSet, "load_flat", load_third_broken)
-    with pytest.raises(UserError, match="pretrain, step 2: .*00007_1.png: cannot be read as an "
-                                        "image.*pretrain.state of step 2 is intact"):
+    with pytest.raises(UserError, match=f"pretrain, step 2: .*{image.name}: cannot be read as "
+                                        "an image.*pretrain.state of step 2 is intact"):
         train.main([*args, "--out", str(stopped)])
     train.main([*args, "--out", str(stopped), "--resume"])
     weights = [(f / "pretrain.safetensors").read_bytes() for f in (whole, stopped)]
@@ -365,9 +408,12 @@ def test_base_and_policy_are_compared_in_one_precision(smoke, tmp_path):
                 "1", "--device", "cpu", "--temperature", "0.5", "--eval-every", "9", "--out",
                 str(out)])
     report = json.loads((out / "paircomp.json").read_text())
-    assert report["base"] == report["ppo"]
-    for policy, column in (("ppo", "ppo"), ("pretrain", "base")):
-        eval_paircomp.main(["--run", str(out), "--policy", policy, "--n", "2", "--device", "cpu"])
+    guidance, temperature = report["base_setting"]
+    best = ["--guidance", str(guidance), "--temperature", str(temperature)]
+    for policy, setting, column in (("ppo", [], "ppo"), ("pretrain", [], "ppo"),
+                                    ("pretrain", best, "base"), ("pretrain", ["--best"], "base")):
+        eval_paircomp.main(["--run", str(out), "--policy", policy, "--n", "2", "--device", "cpu",
+                            *setting])
         again = json.loads((out / f"paircomp_{policy}.json").read_text())
         assert again == report[column]
 
@@ -379,11 +425,12 @@ def test_a_resumed_run_keeps_the_table_that_it_began_with(smoke, tmp_path, monke
             "--eval-pairs", "1", "--device", "cpu", "--lr", "3e-3"]
     tables = []
     run = eval_paircomp.BeforeAfter.run
-    monkeypatch.setattr(eval_paircomp.BeforeAfter, "run", lambda self, model, pairs: tables.append(
-        len(pairs)) or run(self, model, pairs))
+    monkeypatch.setattr(eval_paircomp.BeforeAfter, "run", lambda self, model, split, *setting: (
+        tables.append(split) or run(self, model, split, *setting)))
     whole = copy_of(smoke, tmp_path / "whole", *NEEDS["ppo"])
     train.main([*args, "--out", str(whole)])
-    assert tables == [6, 24, 6]                         # before, quick, after
+    # The base's best of six settings, before; quick tests of the base and the end; after.
+    assert tables == 6 * ["validation"] + ["test"] + 2 * ["validation"] + ["test"]
     stopped = copy_of(smoke, tmp_path / "stopped", *NEEDS["ppo"])
     score = train.score
 
@@ -396,7 +443,7 @@ def test_a_resumed_run_keeps_the_table_that_it_began_with(smoke, tmp_path, monke
         train.main([*args, "--out", str(stopped)])
     del tables[:]
     train.main([*args, "--out", str(stopped), "--resume"])
-    assert tables == [6]                                # after
+    assert tables == ["validation", "test"]             # at the end, after
     for name in ("ppo.safetensors", "samples/before_after.png"):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
     reports = [json.loads((f / "paircomp.json").read_text()) for f in (whole, stopped)]
