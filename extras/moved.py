@@ -21,7 +21,7 @@ MOVED = {
     "--prompts-share": "PROMPTS_SHARE of train.py",
     "--std-floor": "STD_FLOOR of ppo.py",
     "--difference-cap": "WEIGHT_CAP of ppo.py",
-    "--quick-pairs": "QUICK_PAIRS of eval_paircomp.py",
+    "--quick-pairs": "VALIDATION_PAIRS of eval_paircomp.py",
     "--judge-workers": "WORKERS of extras/judges.py",
     "--judge-timeout": "TIMEOUT of extras/judges.py",
     "--judge-retries": "RETRIES of extras/judges.py",

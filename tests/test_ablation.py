@@ -435,7 +435,7 @@ SMALL = ["--device", "cpu", "--n-pairs", "60", "--pairs", "2", "--samples", "3",
 def run_arms(base, tmp_path, monkeypatch):
     """main() in a folder of its own, with small runs -> that folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(eval_paircomp, "QUICK_PAIRS", 1)
+    monkeypatch.setattr(eval_paircomp, "VALIDATION_PAIRS", 6)
 
     def run(*runs, flags=(), base=base, preset="smoke"):
         words = ["--base", str(base), "--preset", preset, "--results", "results"]

@@ -698,7 +698,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def small_tests(monkeypatch):
     """Quick tests of one pair a category, and no curves."""
-    monkeypatch.setattr(ev, "QUICK_PAIRS", 1)
+    monkeypatch.setattr(ev, "VALIDATION_PAIRS", 6)
     monkeypatch.setattr("extras.plots.draw_curves", lambda out: out)
 
 
