@@ -797,7 +797,7 @@ def test_a_rollout_is_judged_while_the_base_model_scores_it(
     monkeypatch.setattr(train, "score", wait_and_score)
     for name in ("before", "after"):  # no table
         monkeypatch.setattr(ev.BeforeAfter, name, lambda *args: None)
-    monkeypatch.setattr(ev.BeforeAfter, "quick", lambda *args: (np.ones(48), {}))
+    monkeypatch.setattr(ev.BeforeAfter, "quick", lambda *args: (np.ones(6), {}))
     before = len(seen(url)["requests"])
     run = new_run(base, tmp_path / "run")
     train.main([*PPO, "--steps", "1", "--judge", url, "--out", str(run)])
