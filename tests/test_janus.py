@@ -1042,7 +1042,6 @@ def test_an_fp32_policy_and_its_bf16_reference_agree_to_the_bit(tmp_path):
 
 
 def test_bf16_weights_leave_training_as_they_came(pairs, tmp_path, no_curves, monkeypatch):
-    torch.manual_seed(0)                # the same weights and judges, whatever ran before
     folder = write_official(small().bfloat16(), tmp_path / "bf16")
     run = import_run(folder, tmp_path / "run")
     add_judges(run)
@@ -1054,7 +1053,7 @@ def test_bf16_weights_leave_training_as_they_came(pairs, tmp_path, no_curves, mo
     before, after = (load_weights(run / f"{s}.safetensors")[0] for s in ("pretrain", "ppo"))
     assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
     assert after["embed_tokens.weight"].dtype == torch.bfloat16
-    assert any(not before[name].equal(after[name]) for name in before)
+    assert not before["gen_head.2.weight"].equal(after["gen_head.2.weight"])
 
 
 @pytest.mark.parametrize(
