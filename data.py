@@ -54,9 +54,13 @@ class PairSet:
         return PairSet([self.prompts[i] for i in indices], images,
                        [self.categories[i] for i in indices], self.size)
 
+    def rows_with_images(self):
+        """Indices of the pairs that have images."""
+        return np.flatnonzero(self.has_images(range(len(self))))
+
     def with_images(self):
         """The pairs that have images. UserError if there is none."""
-        kept = np.flatnonzero(self.has_images(range(len(self))))
+        kept = self.rows_with_images()
         if not len(kept):
             raise UserError("none of the pairs has images, and this stage learns from images; "
                             "give --data with image1 and image2")

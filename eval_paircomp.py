@@ -57,12 +57,17 @@ def category_means(values, categories):
     return means | {"average": float(np.mean(list(means.values())))}
 
 
+def geometric_mean(scores):
+    """Scores (P, 2K) -> (P,), NaN where one is."""
+    return scores.prod(1) ** (1 / scores.shape[1])
+
+
 def summarize(scores, categories):
     """Scores (P, 4) or (P, 2, K) in 0..1, P categories -> {category: {"s_a", "s_g"}, ...,
     "average": {"s_a", "s_g"}}."""
     scores = np.asarray(scores, np.float64).reshape(len(categories), -1)        # (P, 2K)
     s_a = category_means(scores.mean(1), categories)
-    s_g = category_means(scores.prod(1) ** (1 / scores.shape[1]), categories)
+    s_g = category_means(geometric_mean(scores), categories)
     return {c: {"s_a": s_a[c], "s_g": s_g[c]} for c in s_a}
 
 
@@ -194,10 +199,22 @@ def measure_pairworld(pairs):
 
 def measure_own(pairs, gallery):
     """That of own images, or None if a pair has none."""
-    if not pairs.has_images(range(len(pairs))).all():
+    if len(pairs.rows_with_images()) < len(pairs):
         return None
     own = pairs.load(np.arange(len(pairs)))
     return lambda images: nearest_images(images, own, gallery)
+
+
+def load_gallery(train, held_out):
+    """The images that samples are compared with: all of the held-out sets, and of the training
+    pairs as many as GALLERY, by chance -> (M, H, W, 3) uint8."""
+    train = train.select(train.rows_with_images())
+    shown = np.random.default_rng(0).permutation(2 * len(train))[:GALLERY]
+    images = [train.load_flat(shown)] if len(shown) else []
+    for pairs in held_out:
+        loaded = pairs.load(pairs.rows_with_images())                   # (P, 2, H, W, 3)
+        images.append(loaded.reshape(-1, *loaded.shape[2:]))
+    return np.concatenate(images)
 
 
 def held_out_sets(cfg, size):
@@ -205,18 +222,10 @@ def held_out_sets(cfg, size):
     PairWorld. --test has other prompts for the test, which no oracle reads."""
     if cfg.data:
         splits = read_splits(cfg.data, size)
-        with_images = splits["train"].select(np.flatnonzero(splits["train"].has_images(
-            range(len(splits["train"])))))
-        n = min(GALLERY, 2 * len(with_images))
-        shown = np.random.default_rng(0).permutation(2 * len(with_images))[:n]
-        gallery = [with_images.load_flat(shown)] if n else []
-        for name, most in (("validation", VALIDATION_PAIRS), ("test", TEST_PAIRS)):
-            splits[name] = splits[name].select(range(min(most, len(splits[name]))))
-            kept = np.flatnonzero(splits[name].has_images(range(len(splits[name]))))
-            gallery.append(splits[name].load(kept).reshape(-1, size, size, 3))
-        gallery = np.concatenate(gallery)
-        sets = {name: (splits[name], measure_own(splits[name], gallery))
-                for name in ("validation", "test")}
+        sets = {name: splits[name].select(range(min(most, len(splits[name]))))
+                for name, most in (("validation", VALIDATION_PAIRS), ("test", TEST_PAIRS))}
+        gallery = load_gallery(splits["train"], sets.values())
+        sets = {name: (pairs, measure_own(pairs, gallery)) for name, pairs in sets.items()}
     else:
         sets = {"validation": pairworld(VALIDATION_PAIRS, "validation", seed=0),
                 "test": benchmark_pairs(cfg.eval_pairs)}
@@ -229,8 +238,7 @@ def held_out_sets(cfg, size):
 
 def pair_scores(report, judge):
     """The s_g of each pair by a judge of the report (P,), NaN where it had no answer."""
-    scores = np.array(report["pairs"][judge], np.float64)               # None becomes NaN
-    return scores.prod(1) ** (1 / scores.shape[1])
+    return geometric_mean(np.array(report["pairs"][judge], np.float64))         # None becomes NaN
 
 
 class BeforeAfter:
@@ -251,15 +259,15 @@ class BeforeAfter:
         if len(self.picks) == 1:
             self.picks = list(range(min(6, len(self.pairs))))
 
-    def run(self, model, split, guidance, temperature, batch=0):
+    def run(self, model, split, guidance, temperature, batch=0, progress=None):
         """A policy's images of a split's pairs, judged: `benchmark`."""
         pairs, measure = self.sets[split]
         judges = self.judges
-        if not (measure and not self.cfg.data):         # the oracle reads PairWorld alone
+        if self.cfg.data or measure is None:            # the oracle reads PairWorld alone
             judges = {name: judge for name, judge in judges.items() if name != "oracle"}
         cfg = SimpleNamespace(guidance=guidance, temperature=temperature, seed=self.cfg.seed)
         at_once = batch or 8 * self.cfg.microbatch or 64
-        return benchmark(model, self.vq, judges, pairs, cfg, at_once, measure=measure)
+        return benchmark(model, self.vq, judges, pairs, cfg, at_once, progress, measure)
 
     def quick(self, model):
         """The validation pairs -> (their s_g by the referee (P,), {judge: {"s_a", "s_g"}, ...} for

@@ -89,7 +89,7 @@ class Tokenizer(Common):
 class Pretrain(Common):
     init: str = flag("", "run folder whose base model is fine-tuned; empty starts from nothing")
     extra: float = flag(0.65, "chance that a PairWorld caption names an optional part. Judges "
-                              "learn with 0.6: the base model is to know details less well")
+                              "learn with 0.6")
     mistakes: float = flag(0.6, "chance that a PairWorld caption of a careless subject, hearts and "
                                 "all that is yellow, mistakes a detail: left for right", least=0)
     steps: int = flag(1200, "optimizer steps", least=1)
@@ -197,7 +197,7 @@ def training_pairs(cfg, image_size, extra, mistakes=0.0):
     return pairworld(cfg.n_pairs, "train", cfg.seed, extra, mistakes)
 
 
-def test_pairs(cfg, image_size):
+def held_out_pairs(cfg, image_size):
     """Held-out pairs of --data or of PairWorld, for the reports of the stages before PPO."""
     if cfg.data:
         return read_splits(cfg.data, image_size)["test"]
@@ -295,7 +295,7 @@ def draw_images(pairs, rng, n, device):
 def report_tokenizer(cfg, vq, device, loop):
     """How well images come back. PairWorld's legibility: how often the oracle reads the same value
     of an attribute off an image and its reconstruction."""
-    test = test_pairs(cfg, vq.cfg.image_size)
+    test = held_out_pairs(cfg, vq.cfg.image_size)
     images = images_of(test, np.arange(min(300, len(test))))
     ids = encode_images(vq, images, device)
     again = decode_ids(vq, ids)
@@ -344,7 +344,7 @@ def train_pretrain(cfg, loop):
         grad_norm = loop.optimizer_step(step)
         loop.log(step, **average(stats), grad_norm=grad_norm)
 
-    test = test_pairs(cfg, vq.cfg.image_size)
+    test = held_out_pairs(cfg, vq.cfg.image_size)
     prompts = test.flat_prompts()[:32]
     at_once = min(64, 2 * (cfg.microbatch or cfg.batch))                # less memory than training
     images = generate_images(model.eval(), vq, prompts, 1, usual_guidance(model), 1.0, cfg.seed,
@@ -420,7 +420,7 @@ def train_reward(cfg, loop):
 
 def report_judges(cfg, vq, judges, device, loop):
     """Accuracy and calibration on images as they are, and as they come back from the tokenizer."""
-    test = test_pairs(cfg, vq.cfg.image_size).with_images()
+    test = held_out_pairs(cfg, vq.cfg.image_size).with_images()
     images = test.load(np.arange(len(test)))                            # (P, 2, H, W, 3)
     ids = encode_images(vq, images.reshape(-1, *images.shape[2:]), device)
     again = decode_ids(vq, ids).reshape(images.shape)
@@ -586,8 +586,7 @@ def open_judges(cfg, device):
         judges["train"] = open_elsewhere(cfg.judge, device)
     if cfg.heldout_judge:
         judges["heldout"] = open_elsewhere([cfg.heldout_judge], device)
-    judges["oracle"] = OracleJudge()
-    return {name: judges[name] for name in ("train", "heldout", "oracle") if name in judges}
+    return judges | {"oracle": OracleJudge()}
 
 
 def check_ppo_prompts(cfg, policy, sets):

@@ -5,8 +5,8 @@
     python train.py --stage ppo --data emoji/pairs.json --out runs/emoji
 
 A caption is an emoji's name in lower case, with the skin tone in words: "woman astronaut dark
-skin". A pair is two captions that differ in one word or two neighboring ones. The
-captions of held-out pairs are in no training pair.
+skin". A pair is two captions that differ in one word or two neighboring ones. The captions of
+held-out pairs are in no training pair.
 
 The code of the package is MIT. The images are Twemoji's, CC-BY 4.0: the attribution that this asks
 for is printed, and nothing of them is in this repository.

@@ -82,7 +82,8 @@ def run_benchmark(args):
                                        microbatch=0, guidance=usual_guidance(model)), vq, judges)
     if args.best:
         args.guidance, args.temperature = test.best_setting(model)
-    report, _ = test.run(model, "test", args.guidance, args.temperature, args.batch)
+    with tqdm(total=2 * len(test.pairs), desc="generate", unit="prompt") as bar:
+        report, _ = test.run(model, "test", args.guidance, args.temperature, args.batch, bar.update)
     path = Path(args.run) / f"paircomp_{args.policy}.json"
     write_json(path, report)
     print(f"w {args.guidance:g}, tau {args.temperature:g}", format_report(report),

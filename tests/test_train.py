@@ -240,15 +240,15 @@ def test_a_policy_that_became_worse_goes_back_and_slows_down(capsys):
     best = best_state(policy, optimizer, [0.5 + noise, 0.6 - noise, 0.595 + noise, 0.3 + noise,
                                           0.31 + noise])
 
-    def test_after(step, weight):
+    def lr_share_after(step, weight):
         policy.weight.data.fill_(weight)
         optimizer.state[policy.weight] = {"step": torch.tensor(1.0)}
         return best.test(step)["lr_share"]
-    assert test_after(0, 1.0) == 1 and best.weights["weight"].item() == 1
-    assert test_after(10, 2.0) == 1 and best.weights["weight"].item() == 2
-    assert test_after(20, 3.0) == 1                     # a little worse is noise: it goes on
+    assert lr_share_after(0, 1.0) == 1 and best.weights["weight"].item() == 1
+    assert lr_share_after(10, 2.0) == 1 and best.weights["weight"].item() == 2
+    assert lr_share_after(20, 3.0) == 1                     # a little worse is noise: it goes on
     assert policy.weight.item() == 3 and best.weights["weight"].item() == 2 and optimizer.state
-    assert test_after(30, 4.0) == 0.5                   # plainly worse: back, at half the rate
+    assert lr_share_after(30, 4.0) == 0.5                   # plainly worse: back, at half the rate
     assert policy.weight.item() == 2 and not optimizer.state
     policy.weight.data.fill_(5.0)
     best.finish(40)
