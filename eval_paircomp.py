@@ -277,13 +277,16 @@ class BeforeAfter:
         return pair_scores(report, self.referee), averages
 
     def best_setting(self, model):
-        """The (w, tau) at which a model does best on the validation pairs, by the referee."""
-        scores = {}
+        """The (w, tau) at which a model does best on the validation pairs, by the referee, and
+        their s_g there (P,)."""
+        averages, scores = {}, {}
         for guidance in (self.cfg.guidance, 1.5 * self.cfg.guidance):
             for temperature in TEMPERATURES:
                 report, _ = self.run(model, "validation", guidance, temperature)
-                scores[guidance, temperature] = report[self.referee]["average"]["s_g"]
-        return max(scores, key=scores.get)
+                averages[guidance, temperature] = report[self.referee]["average"]["s_g"]
+                scores[guidance, temperature] = pair_scores(report, self.referee)
+        best = max(averages, key=averages.get)
+        return best, scores[best]
 
     def before(self, reference, loop):
         """The base model's side of the table, at its best setting. A resumed run keeps the one that
@@ -293,33 +296,34 @@ class BeforeAfter:
             tensors, meta = load_weights(kept)
             self.base, self.base_setting = meta["report"], meta["setting"]
             self.base_images = tensors["images"].numpy()
+            self.base_scores = tensors["scores"].numpy()
             return
-        self.base_setting = self.best_setting(reference)
+        self.base_setting, self.base_scores = self.best_setting(reference)
         self.base, images = self.run(reference, "test", *self.base_setting)
         reference.graphed = None        # it samples no more: its caches are free for the policy
         self.base_images = self.first_images(images)
-        save_weights(kept, {"images": torch.from_numpy(self.base_images)}, report=self.base,
-                     setting=self.base_setting)
+        save_weights(kept, {"images": torch.from_numpy(self.base_images),
+                            "scores": torch.from_numpy(self.base_scores)},
+                     report=self.base, setting=self.base_setting)
 
     def first_images(self, images):
         """images (P, 2, K, H, W, 3) -> (categories, 2, H, W, 3): of each pick the first image of
         each prompt."""
         return images[self.picks, :, 0]
 
-    def after(self, policy, steps):
-        """Print the table, write paircomp.json and samples/before_after.png. steps: the run's log,
-        whose quick tests are kept as the curve."""
+    def after(self, policy, setting, steps):
+        """Test the policy at a setting (w, tau), print the table, write paircomp.json and
+        samples/before_after.png. steps: the run's log, whose quick tests are kept as the curve."""
         curve = [{"step": e["step"], **e["test"]} for e in steps if "test" in e]
         out = Path(self.cfg.out)
-        setting = self.cfg.guidance, self.cfg.temperature
         ppo, images = self.run(policy, "test", *setting)
         result = {"base": self.base, "ppo": ppo, "curve": curve, "config": asdict(self.cfg),
-                  "base_setting": self.base_setting}
+                  "base_setting": self.base_setting, "ppo_setting": setting}
         write_atomically(out / "paircomp.json", json.dumps(result).encode())
         path = out / "samples" / "before_after.png"
         self.draw(path, self.first_images(images))
-        print(f"base: w {self.base_setting[0]:g}, tau {self.base_setting[1]:g}, its best on "
-              f"validation pairs; ppo: w {setting[0]:g}, tau {setting[1]:g}, as trained")
+        print("best (w, tau) on validation pairs: base {:g}, {:g}; ppo {:g}, {:g}".format(
+            *self.base_setting, *setting))
         print(format_before_after(self.base, ppo))
         print(f"images: {path}")
         self.verdict(ppo)

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from common import UserError, make_folder, pick_device
+from common import UserError, make_folder, pick_device, read_json
 from data import image_grid
-from model import (empty_ids, generate, load_policy, prompt_divergence, run_settings,
-                   usual_guidance)
+from model import empty_ids, generate, load_policy, prompt_divergence, usual_guidance
 from tokenizer import decode_ids
 
 
@@ -29,8 +28,8 @@ def add_policy_flags(parser):
     parser.add_argument("--policy", choices=["ppo", "pretrain"], default="ppo",
                         help="whose images (ppo)")
     parser.add_argument("--guidance", type=float,
-                        help="w of classifier-free guidance (as in the run's PPO)")
-    parser.add_argument("--temperature", type=float, help="tau (as in the run's PPO)")
+                        help="w of classifier-free guidance (the policy's best, as PPO found it)")
+    parser.add_argument("--temperature", type=float, help="tau (likewise)")
     parser.add_argument("--seed", type=int, default=0, help="images follow from it and --batch (0)")
     parser.add_argument("--batch", type=int, default=64, help="images at once (64)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -48,13 +47,16 @@ def check_policy_flags(args):
 
 
 def fill_sampling(args, model):
-    """--guidance and --temperature where they are not given: those of the run's PPO, for the base
-    model too, so that the two compare; without PPO what is usual for the kind of model."""
-    trained = run_settings(args.run, "ppo")
+    """--guidance and --temperature where they are not given: at which the policy, or the base
+    model, was best on validation pairs in the run's PPO. Without PPO what is usual."""
+    path = Path(args.run) / "paircomp.json"
+    result = read_json(path, "result of PPO") if path.exists() else {}
+    setting = result.get({"pretrain": "base_setting", "ppo": "ppo_setting"}[args.policy])
+    guidance, temperature = setting or (usual_guidance(model), 1.0)
     if args.guidance is None:
-        args.guidance = trained.get("guidance", usual_guidance(model))
+        args.guidance = guidance
     if args.temperature is None:
-        args.temperature = trained.get("temperature", 1.0)
+        args.temperature = temperature
 
 
 def heat_map(divergence, images, grid):

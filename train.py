@@ -139,7 +139,7 @@ class PPO(Common):
     warmup: int = flag(5, "rollouts of rising learning rate", "ours; official 100")
     guidance: float = flag(1.0, "w of classifier-free guidance; 1 has no second branch",
                            "ours; official 5")
-    temperature: float = flag(0.6, "tau: of samples, scores and tests", "ours; official 1",
+    temperature: float = flag(0.6, "tau of samples, scores and quick tests", "ours; official 1",
                               least=1e-6)
     advantage: str = flag("pair", "pool of mean and std: Pair-GRPO or vanilla", "paper",
                           choices=tuple(ppo.POOLS))
@@ -517,17 +517,18 @@ def train_ppo(cfg, loop, algo=ppo):
         if (step + 1) % cfg.eval_every == 0:
             save_samples(cfg, f"ppo_{step + 1:04d}.png", images[G - 1::G][:16], prompts[:16], 8, 5)
 
-    best.finish(cfg.steps)
-    test.after(policy, loop.entries())
+    setting = best.finish(cfg.steps, reference)
+    test.after(policy, setting, loop.entries())
     save_policy(cfg.out, "ppo", policy)
     loop.finish()
 
 
 class BestState:
     """The rule that keeps PPO safe on any data. Every `eval_every` rollouts the policy is tested on
-    validation pairs. The best state so far is kept, and a run ends with it; it begins as the base
-    model. If the policy has become worse than that, by more than two standard errors of the pairs'
-    differences, it goes back to the best state and the learning rate is halved."""
+    validation pairs, and the best state so far is kept. If the policy has become worse than that,
+    by more than two standard errors of the pairs' differences, it goes back to the best state and
+    the learning rate is halved. At the end the best state meets the base model, each at its own
+    best (w, tau). Unless it is better by more than one standard error, the base model stays."""
 
     def __init__(self, policy, optimizer, test, loop):
         self.policy = policy
@@ -535,45 +536,50 @@ class BestState:
         self.before_after = test
         n = len(test.sets["validation"][0])
         self.weights = {name: x.detach().cpu().clone() for name, x in policy.state_dict().items()}
-        self.scores = torch.full((n,), torch.nan)       # s_g of the validation pairs, the best's
-        self.base_scores = torch.full((n,), torch.nan)
+        self.scores = torch.full((n,), -1.0)            # s_g of the validation pairs, the best's
         self.rollouts = torch.tensor(0)                 # after which the best was tested
         loop.lr_share = self.lr_share = torch.tensor(1.0)
         self.tensors = {f"best.{name}": x for name, x in self.weights.items()}      # for --resume
-        self.tensors |= {"scores": self.scores, "base_scores": self.base_scores,
-                         "rollouts": self.rollouts, "lr_share": self.lr_share}
+        self.tensors |= {"scores": self.scores, "rollouts": self.rollouts,
+                         "lr_share": self.lr_share}
 
     def test(self, step):
         """Tests the policy after `step` rollouts and follows the rule -> what to log."""
         scores, report = self.before_after.quick(self.policy)
         scores = torch.from_numpy(scores).float()
-        gain = scores - self.scores
-        gain = gain[gain.isfinite()]                    # NaN: the judge had no answer
-        if step == 0:
-            self.base_scores.copy_(scores)
-        if step == 0 or gain.mean() > 0:
+        gain, error = mean_and_error(scores - self.scores)
+        if gain > 0:
             self.scores.copy_(scores)
             self.rollouts.fill_(step)
             for name, x in self.policy.state_dict().items():
                 self.weights[name].copy_(x)
-        elif gain.mean() < -2 * gain.std() / len(gain) ** 0.5:
+        elif gain < -2 * error:
             self.policy.load_state_dict(self.weights)
             self.optimizer.state.clear()
             self.lr_share *= 0.5
         return {"test": report, "lr_share": self.lr_share.item()}
 
-    def finish(self, step):
-        """The policy becomes the best state, and what was found is printed."""
+    def finish(self, step, base):
+        """The policy becomes the best state, or the base model, and what was found is printed.
+        -> the (w, tau) to test it at."""
         self.test(step)
         self.policy.load_state_dict(self.weights)
-        gain = (self.scores - self.base_scores).nanmean().item()
+        setting, scores = self.before_after.best_setting(self.policy)
+        gain, error = mean_and_error(torch.from_numpy(scores - self.before_after.base_scores))
         halved = round(-self.lr_share.log2().item())
-        if self.rollouts == 0:
-            print("\nno tested state was better than the base on validation pairs: "
-                  "ppo.safetensors holds the base model")
-        else:
-            print(f"\nbest on validation pairs: after {self.rollouts} of {step} rollouts, s_g "
-                  f"{100 * gain:+.1f}; the learning rate was halved {halved} times")
+        print(f"\nbest on validation pairs: after {self.rollouts} of {step} rollouts, s_g "
+              f"{100 * gain:+.1f} +- {100 * error:.1f}; the learning rate was halved {halved} times")
+        if gain > error:
+            return setting
+        print("not plainly better than the base model: ppo.safetensors holds the base model")
+        self.policy.load_state_dict(base.state_dict())
+        return self.before_after.base_setting
+
+
+def mean_and_error(values):
+    """Mean and standard error of the finite ones: NaN is where a judge had no answer."""
+    values = values[values.isfinite()]
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
 def open_judges(cfg, device):

@@ -81,7 +81,7 @@ def run_benchmark(args):
     test = BeforeAfter(SimpleNamespace(data=data, test="", eval_pairs=args.n, seed=args.seed,
                                        microbatch=0, guidance=usual_guidance(model)), vq, judges)
     if args.best:
-        args.guidance, args.temperature = test.best_setting(model)
+        (args.guidance, args.temperature), _ = test.best_setting(model)
     with tqdm(total=2 * len(test.pairs), desc="generate", unit="prompt") as bar:
         report, _ = test.run(model, "test", args.guidance, args.temperature, args.batch, bar.update)
     path = Path(args.run) / f"paircomp_{args.policy}.json"

@@ -449,7 +449,7 @@ def test_every_arm_runs(arm, run_arms, monkeypatch):
     """One rollout of each, in which all of its own functions are used, and its result."""
     monkeypatch.setattr(ablation.TamedTruth, "start", 0)
     # The state after the rollout, were it worse than the base.
-    monkeypatch.setattr("train.BestState.finish", lambda self, step: None)
+    monkeypatch.setattr("train.BestState.finish", lambda self, step, base: (1.0, 1.0))
     folder = run_arms(f"{arm}-3", flags=["--steps", "1"])
     result = json.loads((folder / "results" / f"{arm}-3.json").read_text())
     out = folder / "runs" / "ablation" / f"{arm}-3"

@@ -469,7 +469,7 @@ def test_images_of_two_policies_do_not_come_into_one_folder(run, prompts, tmp_pa
         ev.main([*generate, "--images", str(tmp_path / "theirs")])
 
 
-def test_guidance_and_temperature_follow_the_training(run, tmp_path):
+def test_guidance_and_temperature_are_those_of_the_table(run, tmp_path):
     """A Janus policy sampled without guidance draws badly, and --guidance 5 had to be typed each
     time. A policy trained and tested at tau 0.6 was sampled at 1, and its table not reproduced."""
     model = load_policy(run, "ppo", "cpu")[1]
@@ -481,10 +481,10 @@ def test_guidance_and_temperature_follow_the_training(run, tmp_path):
         return args.guidance, args.temperature
     assert filled() == (1.0, 1.0)
     model.text = argparse.Namespace(empty=None)  # as Janus' text has it
-    assert filled() == (5.0, 1.0)
-    write(tmp_path / "config.json", {"ppo": {"guidance": 3.0, "temperature": 0.6}})
-    assert filled() == (3.0, 0.6)
-    assert filled("pretrain") == (3.0, 0.6)  # one table compares the two
+    assert filled() == filled("pretrain") == (5.0, 1.0)
+    write(tmp_path / "paircomp.json", {"base_setting": [7.5, 0.4], "ppo_setting": [5.0, 0.6]})
+    assert filled() == (5.0, 0.6)
+    assert filled("pretrain") == (7.5, 0.4)
     assert filled("pretrain", 2.0, 0.4) == filled("ppo", 2.0, 0.4) == (2.0, 0.4)
 
 

@@ -899,7 +899,7 @@ def test_the_whole_way(folders, pairs, server, tmp_path, no_curves, capsys, monk
     """Import, fine-tune, align by a judge on a server, sample, write PairComp's images, score,
     summarize, export; transformers loads the export and samples the same tokens."""
     # The last state, were it worse than the base.
-    monkeypatch.setattr(train.BestState, "finish", lambda self, step: None)
+    monkeypatch.setattr(train.BestState, "finish", lambda self, step, base: (1.0, 1.0))
     quick = train.BestState.test
     monkeypatch.setattr(train.BestState, "test", lambda self, step: (
         quick(self, step) if step == 0 else {"test": self.before_after.quick(self.policy)[1]}))
@@ -1048,7 +1048,7 @@ def test_bf16_weights_leave_training_as_they_came(pairs, tmp_path, no_curves, mo
     argv = ["--stage", "ppo", "--data", pairs, "--device", "cpu", "--dtype", "bf16", "--steps", "1"]
     argv += ["--pairs", "2", "--samples", "2", "--minibatches", "1", "--microbatch", "8"]
     # The last state, were it worse than the base.
-    monkeypatch.setattr(train.BestState, "finish", lambda self, step: None)
+    monkeypatch.setattr(train.BestState, "finish", lambda self, step, base: (1.0, 1.0))
     train.main([*argv, "--lr", "0.01", "--warmup", "1", "--out", str(run)])
     before, after = (load_weights(run / f"{s}.safetensors")[0] for s in ("pretrain", "ppo"))
     assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
