@@ -117,6 +117,9 @@ class Reward(Common):
     lr: float = flag(7e-4, "peak learning rate of AdamW", least=0)
     muon_lr: float = flag(0.005, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
     splices_from: int = flag(500, "step from which splices are shown too, see reward.splice")
+    negatives: str = flag("twins", "what the training judge learns to refuse: the twin's prompt, or "
+                          "another pair's, as judges from elsewhere do, who never saw near misses",
+                          choices=("twins", "others"))
     width: int = flag(96, "width of the judges, a multiple of 8")
     warmup = 50
     decay = 0.5
@@ -405,8 +408,11 @@ def train_reward(cfg, loop):
             prompts = [prompt for i in chosen for prompt in pairs.prompts[i]]
             ids = torch.from_numpy(text.encode_prompts(prompts, judge.cfg.n_text)).to(device)
             ids = rearrange(ids, "(p i) t -> p i t", i=2)
+            coarse = name == "train" and cfg.negatives == "others"
+            if coarse:                  # the second twin becomes that of the pair before
+                images[:, 1], ids[:, 1] = images[:, 1].roll(1, 0), ids[:, 1].roll(1, 0)
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(cfg.dtype, device)):
-                spliced = renderings if step >= cfg.splices_from else None
+                spliced = renderings if step >= cfg.splices_from and not coarse else None
                 loss, accuracy = judge_loss(judge, images, ids, spliced, rng)
             loss.backward()
             metrics[f"loss_{name}"] = loss
