@@ -142,7 +142,7 @@ def read_splits(path, size):
     Each pair belongs where its "split" says, or if no pair has one, where `split_by_caption` puts
     it. UserError if a part would be empty."""
     pairs = read_pairs(path, size)
-    names = pairs.splits if any(pairs.splits) else split_by_caption(pairs.prompts)
+    names = pairs.splits if any(pairs.splits) else split_by_caption(pairs.prompts, pairs.images)
     parts = {}
     for split in SPLITS:
         rows = [i for i, name in enumerate(names) if name == split]
@@ -153,15 +153,17 @@ def read_splits(path, size):
     return parts
 
 
-def split_by_caption(prompts):
-    """P tuples of two prompts -> for each "train", "validation", "test" or "dropped".
+def split_by_caption(prompts, images):
+    """P tuples of two prompts, and for each its images or None -> P words: "train", "validation",
+    "test" or "dropped".
 
     No caption is in more than one split: a training pair that shares one with a held-out pair is
     dropped. An eighth of the pairs is tested, half as many are validated, and at most TEST_PAIRS
-    and half of that. The choice is fixed: every run has the same test."""
+    and half of that, pairs with images first. The choice is fixed: every run has the same test."""
     if len(prompts) < LEAST_PAIRS:
         return ["train"] * len(prompts)
     order = np.random.default_rng(2506).permutation(len(prompts))
+    order = sorted(order, key=lambda i: images[i] is None)
     n_test = min(TEST_PAIRS, len(prompts) // 8)
     split_of, counts = {}, {"test": n_test, "validation": n_test // 2}
     names = ["train"] * len(prompts)

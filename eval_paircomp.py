@@ -33,7 +33,7 @@ import torch
 from einops import rearrange
 
 from common import UserError, load_weights, make_folder, save_weights, write_atomically
-from data import TEST_PAIRS, image_grid, read_splits
+from data import TEST_PAIRS, image_grid, load_image, read_splits
 from model import empty_ids, generate
 from pairworld import ATTRIBUTES, CATEGORIES, different_attributes, pairworld, read_scene
 from tokenizer import decode_ids
@@ -207,10 +207,11 @@ def measure_own(pairs, gallery):
 
 def load_gallery(train, held_out):
     """The images that samples are compared with: all of the held-out sets, and of the training
-    pairs as many as GALLERY, by chance -> (M, H, W, 3) uint8."""
-    train = train.select(train.rows_with_images())
-    shown = np.random.default_rng(0).permutation(2 * len(train))[:GALLERY]
-    images = [train.load_flat(shown)] if len(shown) else []
+    pairs as many as GALLERY, by chance, each once -> (M, H, W, 3) uint8."""
+    files = [file for i in train.rows_with_images() for file in train.images[i]]
+    files = list(dict.fromkeys(files))
+    shown = np.random.default_rng(0).permutation(len(files))[:GALLERY]
+    images = [load_image(files[i], train.size)[None] for i in shown]
     for pairs in held_out:
         loaded = pairs.load(pairs.rows_with_images())                   # (P, 2, H, W, 3)
         images.append(loaded.reshape(-1, *loaded.shape[2:]))

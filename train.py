@@ -117,7 +117,7 @@ class Reward(Common):
     lr: float = flag(7e-4, "peak learning rate of AdamW", least=0)
     muon_lr: float = flag(0.005, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
     splices_from: int = flag(500, "step from which splices are shown too, see reward.splice")
-    negatives: str = flag("twins", "what the training judge learns to refuse: the twin's prompt, or "
+    negatives: str = flag("twins", "what the training judge learns to refuse: a twin's prompt, or "
                           "another pair's, as judges from elsewhere do, who never saw near misses",
                           choices=("twins", "others"))
     width: int = flag(96, "width of the judges, a multiple of 8")
@@ -192,19 +192,14 @@ PRESETS = {
 
 
 # -- What the stages share -------------------------------------------------------------------------
-def training_pairs(cfg, image_size, extra, mistakes=0.0):
-    """The training pairs of --data, or PairWorld's, whose captions name an optional part with a
-    chance of `extra` and mistake details with a chance of `mistakes`."""
+def train_and_test_pairs(cfg, image_size, extra, mistakes=0.0):
+    """(training pairs, test pairs) of --data, or of PairWorld, whose training captions name an
+    optional part with a chance of `extra` and mistake details with a chance of `mistakes`."""
     if cfg.data:
-        return read_splits(cfg.data, image_size)["train"]
-    return pairworld(cfg.n_pairs, "train", cfg.seed, extra, mistakes)
-
-
-def held_out_pairs(cfg, image_size):
-    """Held-out pairs of --data or of PairWorld, for the reports of the stages before PPO."""
-    if cfg.data:
-        return read_splits(cfg.data, image_size)["test"]
-    return pairworld(300, "test", 1)
+        splits = read_splits(cfg.data, image_size)
+        return splits["train"], splits["test"]
+    train = pairworld(cfg.n_pairs, "train", cfg.seed, extra, mistakes)
+    return train, pairworld(300, "test", 1)
 
 
 def images_of(pairs, indices):
@@ -254,7 +249,8 @@ def average(stats):
 # -- Stage 1 ---------------------------------------------------------------------------------------
 def train_tokenizer(cfg, loop):
     device = pick_device(cfg.device)
-    pairs = training_pairs(cfg, VQConfig.image_size, LONG).with_images()
+    pairs, test = [part.with_images()
+                   for part in train_and_test_pairs(cfg, VQConfig.image_size, LONG)]
     torch.manual_seed(cfg.seed)
     vq = VQModel(VQConfig(ch=cfg.ch, codebook_size=cfg.codebook_size,
                           codebook_dim=cfg.codebook_dim)).to(device)
@@ -285,7 +281,7 @@ def train_tokenizer(cfg, loop):
         psnr = 10 * math.log10(4 / (reconstruction - x).square().mean().item())
         loop.log(step, loss=loss, psnr=psnr, perplexity=perplexity, batch_usage=used,
                  restarts=restarts, grad_norm=grad_norm)
-    report_tokenizer(cfg, vq.eval(), device, loop)
+    report_tokenizer(cfg, vq.eval(), test, device, loop)
     save_weights(Path(cfg.out) / "tokenizer.safetensors", vq.state_dict(), config=asdict(vq.cfg))
     loop.finish()
 
@@ -295,10 +291,9 @@ def draw_images(pairs, rng, n, device):
     return from_pixels(images_of(pairs, rng.integers(len(pairs), size=max(1, n // 2))), device)
 
 
-def report_tokenizer(cfg, vq, device, loop):
+def report_tokenizer(cfg, vq, test, device, loop):
     """How well images come back. PairWorld's legibility: how often the oracle reads the same value
     of an attribute off an image and its reconstruction."""
-    test = held_out_pairs(cfg, vq.cfg.image_size)
     images = images_of(test, np.arange(min(300, len(test))))
     ids = encode_images(vq, images, device)
     again = decode_ids(vq, ids)
@@ -322,7 +317,8 @@ def train_pretrain(cfg, loop):
     vq, model = new_model(cfg, device)
     model.recompute = cfg.microbatch > 0
     model.bf16 = uses_bf16(cfg.dtype, device)
-    pairs = training_pairs(cfg, vq.cfg.image_size, cfg.extra, cfg.mistakes).with_images()
+    pairs, test = train_and_test_pairs(cfg, vq.cfg.image_size, cfg.extra, cfg.mistakes)
+    pairs = pairs.with_images()
     prompts = pairs.flat_prompts()
     model.prompt_ids(prompts)           # one that is too long is an error now, not half way
     # PairWorld's images are encoded once. A folder's may be too many: when a batch has them.
@@ -347,7 +343,6 @@ def train_pretrain(cfg, loop):
         grad_norm = loop.optimizer_step(step)
         loop.log(step, **average(stats), grad_norm=grad_norm)
 
-    test = held_out_pairs(cfg, vq.cfg.image_size)
     prompts = test.flat_prompts()[:32]
     at_once = min(64, 2 * (cfg.microbatch or cfg.batch))                # less memory than training
     images = generate_images(model.eval(), vq, prompts, 1, usual_guidance(model), 1.0, cfg.seed,
@@ -382,7 +377,8 @@ def new_model(cfg, device):
 def train_reward(cfg, loop):
     device = pick_device(cfg.device)
     vq = load_module(Path(cfg.out) / "tokenizer.safetensors", VQModel, VQConfig, device)
-    pairs = training_pairs(cfg, vq.cfg.image_size, LONG).with_images()
+    pairs, test = [part.with_images()
+                   for part in train_and_test_pairs(cfg, vq.cfg.image_size, LONG)]
     codes = encode_all_pairs(vq, pairs, device)                         # (P, 2, N)
     torch.manual_seed(cfg.seed)
     shape = dict(width=cfg.width, grid=vq.cfg.image_size // JudgeConfig.patch)
@@ -419,14 +415,13 @@ def train_reward(cfg, loop):
             metrics[f"accuracy_{name}"] = accuracy
         grad_norm = loop.optimizer_step(step)
         loop.log(step, **metrics, grad_norm=grad_norm)
-    report_judges(cfg, vq, judges, device, loop)
+    report_judges(vq, judges, test, device, loop)
     save_judges(Path(cfg.out) / "reward.safetensors", judges)
     loop.finish()
 
 
-def report_judges(cfg, vq, judges, device, loop):
+def report_judges(vq, judges, test, device, loop):
     """Accuracy and calibration on images as they are, and as they come back from the tokenizer."""
-    test = held_out_pairs(cfg, vq.cfg.image_size).with_images()
     images = test.load(np.arange(len(test)))                            # (P, 2, H, W, 3)
     ids = encode_images(vq, images.reshape(-1, *images.shape[2:]), device)
     again = decode_ids(vq, ids).reshape(images.shape)
@@ -445,7 +440,7 @@ def train_ppo(cfg, loop, algo=ppo):
     policy.float().recompute = cfg.microbatch > 0                       # fp32 master weights
     _, reference = load_policy(cfg.out, "pretrain", device, cfg.dtype, cfg.compile)
     judges = open_judges(cfg, device)                                   # train, heldout, oracle
-    pairs = training_pairs(cfg, vq.cfg.image_size, SHORT)
+    pairs, _ = train_and_test_pairs(cfg, vq.cfg.image_size, SHORT)
     unpaired = read_prompts(cfg.prompts) if cfg.prompts else None
     test = BeforeAfter(cfg, vq, judges)
     check_ppo_prompts(cfg, policy, [pairs, unpaired, test.pairs])
@@ -574,7 +569,7 @@ class BestState:
         gain, error = mean_and_error(torch.from_numpy(scores - self.before_after.base_scores))
         halved = round(-self.lr_share.log2().item())
         print(f"\nbest on validation pairs: after {self.rollouts} of {step} rollouts, s_g "
-              f"{100 * gain:+.1f} +- {100 * error:.1f}; the learning rate was halved {halved} times")
+              f"{100 * gain:+.1f} +- {100 * error:.1f}; learning rate halved {halved} times")
         if gain > error:
             return setting
         print("not plainly better than the base model: ppo.safetensors holds the base model")
@@ -742,9 +737,6 @@ def check_ppo(cfg, bad):
         from extras.judges import check_spec
         for spec in specs:
             check_spec(spec)
-    if cfg.heldout_judge and cfg.data and not cfg.test:
-        raise UserError("--heldout-judge: has nothing to test on with --data; give --test "
-                        "PairComp.json too, or use `eval_paircomp.py score` after training")
 
 
 # --------------------------------------------------------------------------------------------------

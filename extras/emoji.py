@@ -89,7 +89,7 @@ def main(argv=None):
         paste_on_white(source).save(out / files[caption])
     pairs = similar_pairs(sources)
     entries = []
-    for (one, other), split in zip(pairs, split_by_caption(pairs)):
+    for (one, other), split in zip(pairs, split_by_caption(pairs, pairs)):
         if split != "dropped":
             entries.append({"prompt1": one, "prompt2": other, "image1": files[one],
                             "image2": files[other], "split": split})

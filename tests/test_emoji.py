@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from common import UserError
-from data import read_splits
+from data import read_splits, split_by_caption
 from extras import emoji
 
 
@@ -79,3 +79,14 @@ def test_an_image_that_cannot_be_read_is_named(package, tmp_path):
     broken.write_bytes(broken.read_bytes()[:50])
     with pytest.raises(UserError, match="2.png: cannot be read as an image"):
         emoji.main([str(package), "--out", str(tmp_path / "emoji")])
+
+
+def test_pairs_with_images_are_held_out_first():
+    """A test pair without images has no oracle, and the stages that learn from images had nothing
+    to report on at their end, after all of the training."""
+    prompts = [(f"a {i}", f"b {i}") for i in range(160)]
+    images = [None] * 100 + [("a.png", "b.png")] * 60
+    split = split_by_caption(prompts, images)
+    assert (split.count("test"), split.count("validation"), split.count("dropped")) == (20, 10, 0)
+    assert set(split[:100]) == {"train"}
+    assert split_by_caption(prompts, [None] * 160).count("test") == 20      # rather than none
