@@ -129,7 +129,7 @@ class Reward(Common):
 @dataclass
 class PPO(Common):
     prompts: str = flag("", "a text file of unpaired prompts to mix in, one a line", "official")
-    steps: int = flag(60, "rollouts", "ours; official 1600", least=1)
+    steps: int = flag(80, "rollouts", "ours; official 1600", least=1)
     pairs: int = flag(16, "pairs a rollout (P)", "ours; official 8, one a GPU", least=1)
     samples: int = flag(6, "images a prompt (G)", "ours; official 7", least=2)
     epochs: int = flag(1, "passes over a rollout", "official", least=1)
