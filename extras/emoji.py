@@ -8,6 +8,14 @@ A caption is an emoji's name in lower case, with the skin tone in words: "woman 
 skin". A pair is two captions that differ in one word or two neighboring ones. The captions of
 held-out pairs are in no training pair.
 
+tones.json has the pairs that differ in the skin tone alone. careless.json has the same, but most of
+its captions mistake the tone for the next darker one. A base model that learns from it draws emoji
+well and their tone wrongly, which is what PPO can repair:
+
+    python train.py --stage tokenizer --data emoji/tones.json --out runs/tones
+    python train.py --stage pretrain --data emoji/careless.json --out runs/tones
+    python train.py --stage ppo --data emoji/tones.json --out runs/tones
+
 The code of the package is MIT. The images are Twemoji's, CC-BY 4.0: the attribution that this asks
 for is printed, and nothing of them is in this repository.
 """
@@ -17,6 +25,7 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from common import UserError, make_folder, read_json, write_json
@@ -28,6 +37,7 @@ ATTRIBUTION = ("Images: Twemoji, copyright Twitter, Inc. and other contributors,
 TONES = {"1F3FB": "light skin", "1F3FC": "medium light skin", "1F3FD": "medium skin",
          "1F3FE": "medium dark skin", "1F3FF": "dark skin"}
 MOST = 30               # captions of which all are paired with each other
+MISTAKES = 0.6          # share of careless captions that mistake the tone
 
 
 def read_package(package):
@@ -87,16 +97,55 @@ def main(argv=None):
     for number, (caption, source) in enumerate(sources.items()):
         files[caption] = f"images/{number:04d}.png"
         paste_on_white(source).save(out / files[caption])
-    pairs = similar_pairs(sources)
-    entries = []
-    for (one, other), split in zip(pairs, split_by_caption(pairs, pairs)):
-        if split != "dropped":
-            entries.append({"prompt1": one, "prompt2": other, "image1": files[one],
-                            "image2": files[other], "split": split})
-    write_json(out / "pairs.json", entries)
-    counts = Counter(entry["split"] for entry in entries)
-    print(f"{out / 'pairs.json'}: " + ", ".join(f"{n} {split}" for split, n in counts.items()))
     print(ATTRIBUTION)
+    pairs = similar_pairs(sources)
+    write_pairs(out / "pairs.json", pairs, pairs, files)
+    pairs = tone_pairs(sources)
+    write_pairs(out / "tones.json", pairs, pairs, files)
+    rng = np.random.default_rng(0)
+    careless = [tuple(mistake_tone(caption, rng) for caption in pair) for pair in pairs]
+    write_pairs(out / "careless.json", pairs, careless, files)
+
+
+def write_pairs(path, pairs, captions, files):
+    """Pairs of captions as a file for --data. captions: what the file calls them. files: {caption:
+    path of its image}."""
+    entries = []
+    for (one, other), (prompt1, prompt2), split in zip(pairs, captions,
+                                                       split_by_caption(pairs, pairs)):
+        if split != "dropped":
+            entries.append({"prompt1": prompt1, "prompt2": prompt2, "image1": files[one],
+                            "image2": files[other], "split": split})
+    write_json(path, entries)
+    counts = Counter(entry["split"] for entry in entries)
+    print(f"{path}: " + ", ".join(f"{n} {split}" for split, n in counts.items()))
+
+
+def split_tone(caption):
+    """"hand dark skin" -> ("hand", "dark skin"). The tone is "" where there is none, or two."""
+    for tone in sorted(TONES.values(), key=len, reverse=True):
+        if caption.endswith(f" {tone}") and " skin and " not in caption:
+            return caption.removesuffix(f" {tone}"), tone
+    return caption, ""
+
+
+def tone_pairs(captions):
+    """Pairs of captions that differ in the skin tone alone."""
+    groups = {}
+    for caption in captions:
+        name, tone = split_tone(caption)
+        if tone:
+            groups.setdefault(name, []).append(caption)
+    return [pair for group in groups.values() for pair in combinations(group, 2)]
+
+
+def mistake_tone(caption, rng):
+    """A caption, which with a chance of MISTAKES names the next darker tone, and light for dark."""
+    tones = list(TONES.values())
+    name, tone = split_tone(caption)
+    if rng.random() < MISTAKES:
+        tone = tones[(tones.index(tone) + 1) % len(tones)]
+    return f"{name} {tone}"
 
 
 def paste_on_white(path):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -79,6 +80,28 @@ def test_an_image_that_cannot_be_read_is_named(package, tmp_path):
     broken.write_bytes(broken.read_bytes()[:50])
     with pytest.raises(UserError, match="2.png: cannot be read as an image"):
         emoji.main([str(package), "--out", str(tmp_path / "emoji")])
+
+
+def test_careless_captions_name_the_next_darker_tone(package, tmp_path):
+    """On all emoji PPO had nothing to gain: what the base model does not know, the judges, trained
+    on the same images, do not know either. Here the judges know a detail that the base mistakes."""
+    assert emoji.split_tone("man medium light skin") == ("man", "medium light skin")
+    assert emoji.split_tone("couple light skin and dark skin")[1] == ""
+    assert emoji.split_tone("cat") == ("cat", "")
+    rng = np.random.default_rng(0)
+    found = {emoji.mistake_tone("man dark skin", rng) for _ in range(20)}
+    assert found == {"man dark skin", "man light skin"}
+    emoji.main([str(package), "--out", str(tmp_path)])
+    tones, careless = (json.loads((tmp_path / f"{name}.json").read_text())
+                       for name in ("tones", "careless"))
+    assert {e["prompt1"] for e in tones} <= {f"{name} {tone}" for tone in emoji.TONES.values()
+                                             for name in ("man waving", "woman waving",
+                                                          "hand open")}
+    changed = [right[k] != wrong[k] for right, wrong in zip(tones, careless)
+               for k in ("prompt1", "prompt2")]
+    assert 0.4 < np.mean(changed) < 0.8
+    for key in ("image1", "image2", "split"):
+        assert [e[key] for e in tones] == [e[key] for e in careless]
 
 
 def test_pairs_with_images_are_held_out_first():
