@@ -8,11 +8,11 @@ A caption is an emoji's name in lower case, with the skin tone in words: "woman 
 skin". A pair is two captions that differ in one word or two neighboring ones. The captions of
 held-out pairs are in no training pair.
 
-tones.json has the pairs that differ in the skin tone alone. careless.json has the same, but most of
-its captions mistake the tone for the next darker one. A base model that learns from it draws emoji
-well and their tone wrongly, which is what PPO can repair:
+tones.json has the pairs that differ in the skin tone alone, and to train on as many of two emoji in
+the same tone. careless.json has the first kind, but most of its captions mistake the tone for the
+next darker one. A base model that learns from it draws emoji well and their tone wrongly, which is
+what PPO can repair:
 
-    python train.py --stage tokenizer --data emoji/tones.json --out runs/tones
     python train.py --stage pretrain --data emoji/careless.json --out runs/tones
     python train.py --stage ppo --data emoji/tones.json --out runs/tones
 
@@ -99,20 +99,21 @@ def main(argv=None):
         paste_on_white(source).save(out / files[caption])
     print(ATTRIBUTION)
     pairs = similar_pairs(sources)
-    write_pairs(out / "pairs.json", pairs, pairs, files)
+    write_pairs(out / "pairs.json", pairs, split_by_caption(pairs, pairs), files)
     pairs = tone_pairs(sources)
-    write_pairs(out / "tones.json", pairs, pairs, files)
+    splits = split_by_caption(pairs, pairs)
+    others = same_tone_pairs([pair for pair, split in zip(pairs, splits) if split == "train"])
+    write_pairs(out / "tones.json", pairs + others, splits + ["train"] * len(others), files)
     rng = np.random.default_rng(0)
     careless = [tuple(mistake_tone(caption, rng) for caption in pair) for pair in pairs]
-    write_pairs(out / "careless.json", pairs, careless, files)
+    write_pairs(out / "careless.json", pairs, splits, files, careless)
 
 
-def write_pairs(path, pairs, captions, files):
-    """Pairs of captions as a file for --data. captions: what the file calls them. files: {caption:
-    path of its image}."""
+def write_pairs(path, pairs, splits, files, captions=None):
+    """Pairs of captions as a file for --data. files: {caption: path of its image}. captions: what
+    the file calls them, if they are mistaken."""
     entries = []
-    for (one, other), (prompt1, prompt2), split in zip(pairs, captions,
-                                                       split_by_caption(pairs, pairs)):
+    for (one, other), (prompt1, prompt2), split in zip(pairs, captions or pairs, splits):
         if split != "dropped":
             entries.append({"prompt1": prompt1, "prompt2": prompt2, "image1": files[one],
                             "image2": files[other], "split": split})
@@ -137,6 +138,22 @@ def tone_pairs(captions):
         if tone:
             groups.setdefault(name, []).append(caption)
     return [pair for group in groups.values() for pair in combinations(group, 2)]
+
+
+def same_tone_pairs(pairs):
+    """For each pair another: its first caption, and one of another emoji in the same tone. Judges
+    that had learned from tones alone paid for a mere patch of skin, and PPO drew nothing else."""
+    rng = np.random.default_rng(0)
+    captions = {}
+    for caption in dict.fromkeys(caption for pair in pairs for caption in pair):
+        captions.setdefault(split_tone(caption)[1], []).append(caption)
+    found = []
+    for one, _ in pairs:
+        others = captions[split_tone(one)[1]]
+        other = others[rng.integers(len(others))]
+        if other != one:
+            found.append((one, other))
+    return found
 
 
 def mistake_tone(caption, rng):

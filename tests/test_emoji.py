@@ -94,14 +94,30 @@ def test_careless_captions_name_the_next_darker_tone(package, tmp_path):
     emoji.main([str(package), "--out", str(tmp_path)])
     tones, careless = (json.loads((tmp_path / f"{name}.json").read_text())
                        for name in ("tones", "careless"))
-    assert {e["prompt1"] for e in tones} <= {f"{name} {tone}" for tone in emoji.TONES.values()
-                                             for name in ("man waving", "woman waving",
-                                                          "hand open")}
     changed = [right[k] != wrong[k] for right, wrong in zip(tones, careless)
                for k in ("prompt1", "prompt2")]
     assert 0.4 < np.mean(changed) < 0.8
     for key in ("image1", "image2", "split"):
-        assert [e[key] for e in tones] == [e[key] for e in careless]
+        assert [e[key] for e in tones][:len(careless)] == [e[key] for e in careless]
+
+
+def test_tones_are_trained_on_beside_other_emoji(package, tmp_path):
+    """With pairs of tones alone the judges never saw a wrong emoji. PPO found out: its swimmers
+    became patches of skin in the right tone, and the table, of tones alone too, called it a gain of
+    28 points."""
+    emoji.main([str(package), "--out", str(tmp_path)])
+    tones = json.loads((tmp_path / "tones.json").read_text())
+    differ = {"tone": [], "emoji": []}
+    for entry in tones:
+        names, shown = zip(*(emoji.split_tone(entry[k]) for k in ("prompt1", "prompt2")))
+        assert (names[0] == names[1]) != (shown[0] == shown[1])     # in one of the two
+        differ["tone" if names[0] == names[1] else "emoji"].append(entry["split"])
+    assert {"train", "validation", "test"} == set(differ["tone"])
+    assert set(differ["emoji"]) == {"train"}
+    assert len(differ["emoji"]) > 0.5 * differ["tone"].count("train")
+    held_out = {e[k] for e in tones for k in ("prompt1", "prompt2") if e["split"] != "train"}
+    assert not held_out & {e[k] for e in tones for k in ("prompt1", "prompt2")
+                           if e["split"] == "train"}
 
 
 def test_pairs_with_images_are_held_out_first():
