@@ -7,7 +7,6 @@ FocusDiff-Data's layout, as the official reader reads it (mydataset.py): a JSON 
 {"prompt1", "prompt2", "image1", "image2"}, image paths absolute or relative to the file. A part of
 the pairs is held out: `read_splits`.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,7 +141,8 @@ def read_splits(path, size):
     Each pair belongs where its "split" says, or if no pair has one, where `split_by_caption` puts
     it. UserError if a part would be empty."""
     pairs = read_pairs(path, size)
-    names = pairs.splits if any(pairs.splits) else split_by_caption(pairs.prompts, pairs.images)
+    names = pairs.splits if any(pairs.splits) else split_by_caption(
+        pairs.prompts, pairs.has_images(range(len(pairs))))
     parts = {}
     for split in SPLITS:
         rows = [i for i, name in enumerate(names) if name == split]
@@ -153,18 +153,20 @@ def read_splits(path, size):
     return parts
 
 
-def split_by_caption(prompts, images):
-    """P tuples of two prompts, and for each its images or None -> P words: "train", "validation",
-    "test" or "dropped".
+def split_by_caption(prompts, has_images=None):
+    """P tuples of two prompts, which of them have images (P,), all by default -> P words: "train",
+    "validation", "test" or "dropped".
 
     No caption is in more than one split: a training pair that shares one with a held-out pair is
     dropped. An eighth of the pairs is tested, half as many are validated, and at most TEST_PAIRS
-    and half of that, pairs with images first. The choice is fixed: every run has the same test."""
+    and half of that. If some pairs have images, the eighth is of those alone: a test without images
+    has no oracle. The choice is fixed: every run has the same test."""
     if len(prompts) < LEAST_PAIRS:
         return ["train"] * len(prompts)
     order = np.random.default_rng(2506).permutation(len(prompts))
-    order = sorted(order, key=lambda i: images[i] is None)
-    n_test = min(TEST_PAIRS, len(prompts) // 8)
+    if has_images is not None and any(has_images):
+        order = [i for i in order if has_images[i]]
+    n_test = min(TEST_PAIRS, len(order) // 8)
     split_of, counts = {}, {"test": n_test, "validation": n_test // 2}
     names = ["train"] * len(prompts)
     for i in order:
@@ -252,8 +254,3 @@ def image_grid(images, labels=None, columns=4, scale=3):
             lines = [labels[i][k:k + per_line] for k in range(0, 2 * per_line, per_line)]
             draw.multiline_text((x, y + height + 1), "\n".join(lines), fill="black", spacing=1)
     return sheet
-
-
-if __name__ == "__main__":
-    sys.exit("error: this is now python pairworld.py --write DIR or --image PNG, and python -m "
-             "extras.build_pairs EDITS")

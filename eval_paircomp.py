@@ -41,7 +41,7 @@ from tokenizer import decode_ids
 IMAGES_PER_PROMPT = 2                   # K of the official protocol
 VALIDATION_PAIRS = 48                   # at most; what PPO's rule and the choice of (w, tau) see
 GALLERY = 4000                          # most images of a set that samples are compared with
-TEMPERATURES = (1.0, 0.6, 0.4)          # of which the base model has its best
+TEMPERATURES = (1.0, 0.6, 0.4)          # of which each model has its best
 
 
 # -- The arithmetic --------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def measure_own(pairs, gallery):
 
 def load_gallery(train, held_out):
     """The images that samples are compared with: all of the held-out sets, and of the training
-    pairs as many as GALLERY, by chance, each once -> (M, H, W, 3) uint8."""
+    pairs as many as GALLERY, each once, by chance -> (M, H, W, 3) uint8."""
     files = [file for i in train.rows_with_images() for file in train.images[i]]
     files = list(dict.fromkeys(files))
     shown = np.random.default_rng(0).permutation(len(files))[:GALLERY]
@@ -240,6 +240,13 @@ def held_out_sets(cfg, size):
 def pair_scores(report, judge):
     """The s_g of each pair by a judge of the report (P,), NaN where it had no answer."""
     return geometric_mean(np.array(report["pairs"][judge], np.float64))         # None becomes NaN
+
+
+def mean_and_error(values):
+    """values (n,), a tensor -> their mean and its standard error, two floats. NaN, where a judge
+    had no answer, is left out."""
+    values = values[values.isfinite()]
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
 class BeforeAfter:
@@ -333,13 +340,12 @@ class BeforeAfter:
         """The run's last words: whether PPO is better than its base, by how much, and how sure."""
         by = f"{self.referee} judge"
         gain = pair_scores(ppo, self.referee) - pair_scores(self.base, self.referee)
-        gain = 100 * gain[np.isfinite(gain)]
-        error = 1.96 * gain.std() / len(gain) ** 0.5
-        low, high = gain.mean() - error, gain.mean() + error
+        mean, error = mean_and_error(torch.from_numpy(100 * gain))
+        low, high = mean - 1.96 * error, mean + 1.96 * error
         words = ("PPO improved its base" if low > 0 else "PPO made its base WORSE" if high < 0 else
                  "PPO did NOT improve its base, as far as these pairs can tell")
-        print(f"{words}: s_g of the {by} {gain.mean():+.1f} (95 % interval {low:+.1f} to "
-              f"{high:+.1f}, {len(gain)} test pairs), each at the setting above")
+        print(f"{words}: s_g of the {by} {mean:+.1f} (95 % interval {low:+.1f} to {high:+.1f}, "
+              f"{np.isfinite(gain).sum()} test pairs), each at the setting above")
 
     def draw(self, path, ppo_images):
         """What is asked, if the pairs have images, the base model's images and the policy's."""

@@ -35,7 +35,7 @@ from common import Loop, UserError, adamw, copy_file, load_module, make_folder, 
 from common import only_process, pick_device, read_json, save_weights, step_random, uses_bf16
 from common import write_json
 from data import image_grid, read_prompts, read_splits
-from eval_paircomp import BeforeAfter, generate_images
+from eval_paircomp import BeforeAfter, generate_images, mean_and_error
 from model import ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score
 from model import usual_guidance
 from pairworld import ATTRIBUTES, LONG, SHORT, TextTokens, pairworld, read_scene
@@ -117,8 +117,8 @@ class Reward(Common):
     lr: float = flag(7e-4, "peak learning rate of AdamW", least=0)
     muon_lr: float = flag(0.005, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
     splices_from: int = flag(500, "step from which splices are shown too, see reward.splice")
-    negatives: str = flag("twins", "what the training judge learns to refuse: a twin's prompt, or "
-                          "another pair's, as judges from elsewhere do, who never saw near misses",
+    negatives: str = flag("twins", "whose prompt the training judge learns to refuse: the twin's, "
+                          "or another pair's, for a judge that never saw near misses",
                           choices=("twins", "others"))
     width: int = flag(96, "width of the judges, a multiple of 8")
     warmup = 50
@@ -440,10 +440,10 @@ def train_ppo(cfg, loop, algo=ppo):
     policy.float().recompute = cfg.microbatch > 0                       # fp32 master weights
     _, reference = load_policy(cfg.out, "pretrain", device, cfg.dtype, cfg.compile)
     judges = open_judges(cfg, device)                                   # train, heldout, oracle
-    pairs, _ = train_and_test_pairs(cfg, vq.cfg.image_size, SHORT)
+    pairs = train_and_test_pairs(cfg, vq.cfg.image_size, SHORT)[0]
     unpaired = read_prompts(cfg.prompts) if cfg.prompts else None
     test = BeforeAfter(cfg, vq, judges)
-    check_ppo_prompts(cfg, policy, [pairs, unpaired, test.pairs])
+    check_ppo_prompts(cfg, policy, [pairs, unpaired, *(part for part, _ in test.sets.values())])
     sampling = dict(empty=empty_ids(policy), guidance=cfg.guidance, temperature=cfg.temperature)
     n_questions = len(inspect.signature(algo.REWARDS[cfg.reward]).parameters)
     optimizer = adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)
@@ -537,12 +537,12 @@ class BestState:
         self.before_after = test
         n = len(test.sets["validation"][0])
         self.weights = {name: x.detach().cpu().clone() for name, x in policy.state_dict().items()}
-        self.scores = torch.full((n,), -1.0)            # s_g of the validation pairs, the best's
+        # s_g of the validation pairs, the best's. Below any score: the base is the first best.
+        self.scores = torch.full((n,), -1.0)
         self.rollouts = torch.tensor(0)                 # after which the best was tested
         loop.lr_share = self.lr_share = torch.tensor(1.0)
         self.tensors = {f"best.{name}": x for name, x in self.weights.items()}      # for --resume
-        self.tensors |= {"scores": self.scores, "rollouts": self.rollouts,
-                         "lr_share": self.lr_share}
+        self.tensors |= dict(scores=self.scores, rollouts=self.rollouts, lr_share=self.lr_share)
 
     def test(self, step):
         """Tests the policy after `step` rollouts and follows the rule -> what to log."""
@@ -560,27 +560,24 @@ class BestState:
             self.lr_share *= 0.5
         return {"test": report, "lr_share": self.lr_share.item()}
 
-    def finish(self, step, base):
+    def finish(self, step, reference):
         """The policy becomes the best state, or the base model, and what was found is printed.
         -> the (w, tau) to test it at."""
+        halved = round(-self.lr_share.log2().item())
         self.test(step)
         self.policy.load_state_dict(self.weights)
-        setting, scores = self.before_after.best_setting(self.policy)
-        gain, error = mean_and_error(torch.from_numpy(scores - self.before_after.base_scores))
-        halved = round(-self.lr_share.log2().item())
-        print(f"\nbest on validation pairs: after {self.rollouts} of {step} rollouts, s_g "
-              f"{100 * gain:+.1f} +- {100 * error:.1f}; learning rate halved {halved} times")
+        test, gain, error = self.before_after, 0.0, 0.0
+        if self.rollouts > 0:
+            setting, scores = test.best_setting(self.policy)
+            gain, error = mean_and_error(torch.from_numpy(scores - test.base_scores))
+        print(f"\nbest on validation pairs: after {self.rollouts} of {step} rollouts, s_g of the "
+              f"{test.referee} judge {100 * gain:+.1f} +- {100 * error:.1f}; learning rate halved "
+              f"{halved} times")
         if gain > error:
             return setting
         print("not plainly better than the base model: ppo.safetensors holds the base model")
-        self.policy.load_state_dict(base.state_dict())
-        return self.before_after.base_setting
-
-
-def mean_and_error(values):
-    """Mean and standard error of the finite ones: NaN is where a judge had no answer."""
-    values = values[values.isfinite()]
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+        self.policy.load_state_dict(reference.state_dict())
+        return test.base_setting
 
 
 def open_judges(cfg, device):

@@ -9,9 +9,9 @@ skin". A pair is two captions that differ in one word or two neighboring ones. T
 held-out pairs are in no training pair.
 
 tones.json has the pairs that differ in the skin tone alone, and to train on as many of two emoji in
-the same tone. careless.json has the first kind, but most of its captions mistake the tone for the
-next darker one. A base model that learns from it draws emoji well and their tone wrongly, which is
-what PPO can repair:
+the same tone. careless.json has the first kind, but most of its training captions mistake the tone
+for the next darker one, and so may name a held-out caption. A base model that learns from it draws
+emoji well and their tone wrongly, which is what PPO can repair:
 
     python train.py --stage pretrain --data emoji/careless.json --out runs/tones
     python train.py --stage ppo --data emoji/tones.json --out runs/tones
@@ -99,14 +99,16 @@ def main(argv=None):
         paste_on_white(source).save(out / files[caption])
     print(ATTRIBUTION)
     pairs = similar_pairs(sources)
-    write_pairs(out / "pairs.json", pairs, split_by_caption(pairs, pairs), files)
+    write_pairs(out / "pairs.json", pairs, split_by_caption(pairs), files)
     pairs = tone_pairs(sources)
-    splits = split_by_caption(pairs, pairs)
+    splits = split_by_caption(pairs)
     others = same_tone_pairs([pair for pair, split in zip(pairs, splits) if split == "train"])
     write_pairs(out / "tones.json", pairs + others, splits + ["train"] * len(others), files)
     rng = np.random.default_rng(0)
     careless = [tuple(mistake_tone(caption, rng) for caption in pair) for pair in pairs]
-    write_pairs(out / "careless.json", pairs, splits, files, careless)
+    captions = [wrong if split == "train" else right
+                for right, wrong, split in zip(pairs, careless, splits)]
+    write_pairs(out / "careless.json", pairs, splits, files, captions)
 
 
 def write_pairs(path, pairs, splits, files, captions=None):
@@ -141,18 +143,18 @@ def tone_pairs(captions):
 
 
 def same_tone_pairs(pairs):
-    """For each pair another: its first caption, and one of another emoji in the same tone. Judges
-    that had learned from tones alone paid for a mere patch of skin, and PPO drew nothing else."""
+    """For each pair another: one of its captions, and one of another emoji in that tone. Judges
+    that had learned from tones alone paid for mere patches of skin, and PPO drew nothing else."""
     rng = np.random.default_rng(0)
     captions = {}
     for caption in dict.fromkeys(caption for pair in pairs for caption in pair):
         captions.setdefault(split_tone(caption)[1], []).append(caption)
     found = []
-    for one, _ in pairs:
-        others = captions[split_tone(one)[1]]
-        other = others[rng.integers(len(others))]
-        if other != one:
-            found.append((one, other))
+    for pair in pairs:
+        one = pair[rng.integers(2)]
+        others = [other for other in captions[split_tone(one)[1]] if other != one]
+        if others:
+            found.append((one, others[rng.integers(len(others))]))
     return found
 
 

@@ -596,3 +596,14 @@ def test_an_old_command_of_data_names_the_new_one(argv, says, tmp_path, monkeypa
         run_script(monkeypatch, data, *argv)
     assert says in end.value.code and "\n" not in end.value.code
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("n, held_out", [(80, (10, 5)), (24, (3, 1)), (0, (20, 10))])
+def test_the_test_is_held_out_of_the_pairs_with_images(n, held_out):
+    """A test pair without images has no oracle. And were the test as large as for all pairs, a few
+    with images would all be held out, and none left to train on."""
+    prompts = [(f"a {i}", f"b {i}") for i in range(160)]
+    has_images = np.arange(160) >= 160 - n
+    split = data.split_by_caption(prompts, has_images)
+    assert (split.count("test"), split.count("validation")) == held_out
+    assert n == 0 or set(split[:160 - n]) == {"train"}

@@ -246,6 +246,7 @@ def best_state(policy, optimizer, scores, at_best=None, base=None):
     has the scores at_best and the base model the scores base, each at its best (w, tau)."""
     answers = iter(scores)
     test = SimpleNamespace(sets={"validation": ([None] * 8, None)}, base_setting=(1.5, 0.4),
+                           referee="heldout",
                            base_scores=base, best_setting=lambda model: ((1.0, 0.6), at_best),
                            quick=lambda model: (np.array(next(answers)), {}))
     return train.BestState(policy, optimizer, test, SimpleNamespace())
@@ -273,8 +274,8 @@ def test_a_policy_that_became_worse_goes_back_and_slows_down(capsys):
     policy.weight.data.fill_(5.0)
     assert best.finish(40, torch.nn.Linear(1, 1, bias=False)) == (1.0, 0.6)
     assert policy.weight.item() == 2
-    says = "best on validation pairs: after 10 of 40 rollouts, s_g +10.0 +- 0.6; learning rate "
-    assert says + "halved 2 times" in capsys.readouterr().out
+    says = "best on validation pairs: after 10 of 40 rollouts, s_g of the heldout judge +10.0 +- "
+    assert says + "0.6; learning rate halved 1 times" in capsys.readouterr().out
 
 
 def test_a_run_that_did_not_improve_ends_with_its_base_and_says_so(capsys):
@@ -433,7 +434,7 @@ def test_base_and_policy_are_compared_in_one_precision(smoke, tmp_path):
     report = json.loads((out / "paircomp.json").read_text())
     guidance, temperature = report["base_setting"]
     best = ["--guidance", str(guidance), "--temperature", str(temperature)]
-    for policy, setting, column in (("ppo", [], "ppo"), ("pretrain", [], "ppo"),
+    for policy, setting, column in (("ppo", [], "ppo"), ("pretrain", [], "base"),
                                     ("pretrain", best, "base"), ("pretrain", ["--best"], "base")):
         eval_paircomp.main(["--run", str(out), "--policy", policy, "--n", "2", "--device", "cpu",
                             *setting])
@@ -545,7 +546,6 @@ def test_an_earlier_flag_names_what_does_its_work_now(args, says):
 
 
 @pytest.mark.parametrize("script, args, says", [
-    ("data.py", ["--write", "pairs"], "python pairworld.py --write DIR"),
     ("sample.py", ["--run", "x", "--layout", "dpg"], "python -m extras.layouts"),
     ("sample.py", ["--janus", "DIR", "--prompt", "a"], "python -m extras.janus --import DIR"),
     ("eval_paircomp.py", ["--compare", "x"], "python -m extras.ablation --compare"),
