@@ -185,7 +185,8 @@ def test_a_run_folder_is_largest_when_the_next_state_is_written(tmp_path, monkey
 
     monkeypatch.setattr(os, "replace", watch)
     with common.Loop("ppo", PPO(out=str(tmp_path), steps=3), resume=False) as loop:
-        loop.start({"model": policy}, [common.adamw(policy.parameters(), 1e-3, 0.0)])
+        best = {f"best.{name}": x.clone() for name, x in policy.state_dict().items()}
+        loop.start({"model": policy}, [common.adamw(policy.parameters(), 1e-3, 0.0)], best)
         for step in loop:
             for p in policy.parameters():
                 p.grad = torch.ones_like(p)
@@ -205,4 +206,4 @@ def test_the_disk_of_the_real_ones():
     """What the README promises."""
     figures = {size: memory.disk(cfg, VQConfig.janus()) for size, cfg in JANUS.items()}
     rounded = {size: tuple(map(round, values)) for size, values in figures.items()}
-    assert rounded == {"1B": (18, 24, 39), "7B": (79, 106, 172)}
+    assert rounded == {"1B": (24, 30, 51), "7B": (105, 132, 224)}
