@@ -107,18 +107,16 @@ def test_tones_are_trained_on_beside_other_emoji(package, tmp_path):
     """With pairs of tones alone the judges never saw a wrong emoji. PPO found out: its swimmers
     became patches of skin in the right tone, and the table, of tones alone too, called it a gain of
     28 points."""
+    captions = [f"{name} {tone}" for name in ("man", "woman", "hand")
+                for tone in emoji.TONES.values()]
+    pairs = emoji.tone_pairs(captions)
+    others = emoji.same_tone_pairs(pairs)
+    assert len(pairs) == len(others) == 30
+    split = [[emoji.split_tone(caption) for caption in pair] for pair in others]
+    assert all(one[0] != other[0] and one[1] == other[1] for one, other in split)
+    assert {one[1] for one, _ in split} == set(emoji.TONES.values())    # dark patches count too
     emoji.main([str(package), "--out", str(tmp_path)])
     tones = json.loads((tmp_path / "tones.json").read_text())
-    differ, shown_tones = {"tone": [], "emoji": []}, set()
-    for entry in tones:
-        names, shown = zip(*(emoji.split_tone(entry[k]) for k in ("prompt1", "prompt2")))
-        assert (names[0] == names[1]) != (shown[0] == shown[1])     # in one of the two
-        differ["tone" if names[0] == names[1] else "emoji"].append(entry["split"])
-        shown_tones |= set() if names[0] == names[1] else set(shown)
-    assert {"train", "validation", "test"} == set(differ["tone"])
-    assert set(differ["emoji"]) == {"train"}
-    assert len(differ["emoji"]) == differ["tone"].count("train")
-    assert shown_tones == set(emoji.TONES.values())     # a dark patch is refused too
-    held_out = {e[k] for e in tones for k in ("prompt1", "prompt2") if e["split"] != "train"}
-    assert not held_out & {e[k] for e in tones for k in ("prompt1", "prompt2")
-                           if e["split"] == "train"}
+    held_out, trained = ({e[k] for e in tones for k in ("prompt1", "prompt2")
+                          if (e["split"] == "train") == train} for train in (False, True))
+    assert held_out and trained and not held_out & trained
