@@ -172,7 +172,7 @@ STAGES = {"tokenizer": Tokenizer, "pretrain": Pretrain, "reward": Reward, "ppo":
 NEEDS = {"tokenizer": [], "pretrain": ["tokenizer"], "reward": ["tokenizer"],
          "ppo": ["tokenizer", "pretrain", "reward"]}
 SMALL = ("tiny", "smoke")               # presets whose stages can be trained from nothing
-MINUTES = {"tokenizer": 0.5, "pretrain": 2.5, "reward": 1.5, "ppo": 1.5}     # tiny, two CPU cores
+MINUTES = {"tokenizer": 0.5, "pretrain": 2.5, "reward": 2, "ppo": 2}     # tiny, two CPU cores
 PRESETS = {
     "tiny": {stage: {} for stage in STAGES},
     "smoke": {
