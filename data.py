@@ -7,6 +7,7 @@ FocusDiff-Data's layout, as the official reader reads it (mydataset.py): a JSON 
 {"prompt1", "prompt2", "image1", "image2"}, image paths absolute or relative to the file. A part of
 the pairs is held out: `read_splits`.
 """
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -254,3 +255,8 @@ def image_grid(images, labels=None, columns=4, scale=3):
             lines = [labels[i][k:k + per_line] for k in range(0, 2 * per_line, per_line)]
             draw.multiline_text((x, y + height + 1), "\n".join(lines), fill="black", spacing=1)
     return sheet
+
+
+if __name__ == "__main__":
+    sys.exit("error: this is now python pairworld.py --write DIR or --image PNG, and python -m "
+             "extras.build_pairs EDITS")

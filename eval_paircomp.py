@@ -208,8 +208,7 @@ def measure_own(pairs, gallery):
 def load_gallery(train, held_out):
     """The images that samples are compared with: all of the held-out sets, and of the training
     pairs as many as GALLERY, each once, by chance -> (M, H, W, 3) uint8."""
-    files = [file for i in train.rows_with_images() for file in train.images[i]]
-    files = list(dict.fromkeys(files))
+    files = list(dict.fromkeys(f for i in train.rows_with_images() for f in train.images[i]))
     shown = np.random.default_rng(0).permutation(len(files))[:GALLERY]
     images = [load_image(files[i], train.size)[None] for i in shown]
     for pairs in held_out:
@@ -338,14 +337,13 @@ class BeforeAfter:
 
     def verdict(self, ppo):
         """The run's last words: whether PPO is better than its base, by how much, and how sure."""
-        by = f"{self.referee} judge"
         gain = pair_scores(ppo, self.referee) - pair_scores(self.base, self.referee)
         mean, error = mean_and_error(torch.from_numpy(100 * gain))
         low, high = mean - 1.96 * error, mean + 1.96 * error
         words = ("PPO improved its base" if low > 0 else "PPO made its base WORSE" if high < 0 else
                  "PPO did NOT improve its base, as far as these pairs can tell")
-        print(f"{words}: s_g of the {by} {mean:+.1f} (95 % interval {low:+.1f} to {high:+.1f}, "
-              f"{np.isfinite(gain).sum()} test pairs), each at the setting above")
+        print(f"{words}: s_g of the {self.referee} judge {mean:+.1f} (95 % interval {low:+.1f} to "
+              f"{high:+.1f}, {np.isfinite(gain).sum()} test pairs), each at the setting above")
 
     def draw(self, path, ppo_images):
         """What is asked, if the pairs have images, the base model's images and the policy's."""

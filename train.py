@@ -34,7 +34,7 @@ import ppo
 from common import Loop, UserError, adamw, copy_file, load_module, make_folder, muon_and_adamw
 from common import only_process, pick_device, read_json, save_weights, step_random, uses_bf16
 from common import write_json
-from data import image_grid, read_prompts, read_splits
+from data import PairSet, image_grid, read_prompts, read_splits
 from eval_paircomp import BeforeAfter, generate_images, mean_and_error
 from model import ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score
 from model import usual_guidance
@@ -198,8 +198,7 @@ def train_and_test_pairs(cfg, image_size, extra, mistakes=0.0):
     if cfg.data:
         splits = read_splits(cfg.data, image_size)
         return splits["train"], splits["test"]
-    train = pairworld(cfg.n_pairs, "train", cfg.seed, extra, mistakes)
-    return train, pairworld(300, "test", 1)
+    return pairworld(cfg.n_pairs, "train", cfg.seed, extra, mistakes), pairworld(300, "test", 1)
 
 
 def images_of(pairs, indices):
@@ -249,8 +248,7 @@ def average(stats):
 # -- Stage 1 ---------------------------------------------------------------------------------------
 def train_tokenizer(cfg, loop):
     device = pick_device(cfg.device)
-    pairs, test = [part.with_images()
-                   for part in train_and_test_pairs(cfg, VQConfig.image_size, LONG)]
+    pairs, test = map(PairSet.with_images, train_and_test_pairs(cfg, VQConfig.image_size, LONG))
     torch.manual_seed(cfg.seed)
     vq = VQModel(VQConfig(ch=cfg.ch, codebook_size=cfg.codebook_size,
                           codebook_dim=cfg.codebook_dim)).to(device)
@@ -377,8 +375,7 @@ def new_model(cfg, device):
 def train_reward(cfg, loop):
     device = pick_device(cfg.device)
     vq = load_module(Path(cfg.out) / "tokenizer.safetensors", VQModel, VQConfig, device)
-    pairs, test = [part.with_images()
-                   for part in train_and_test_pairs(cfg, vq.cfg.image_size, LONG)]
+    pairs, test = map(PairSet.with_images, train_and_test_pairs(cfg, vq.cfg.image_size, LONG))
     codes = encode_all_pairs(vq, pairs, device)                         # (P, 2, N)
     torch.manual_seed(cfg.seed)
     shape = dict(width=cfg.width, grid=vq.cfg.image_size // JudgeConfig.patch)
@@ -537,8 +534,7 @@ class BestState:
         self.before_after = test
         n = len(test.sets["validation"][0])
         self.weights = {name: x.detach().cpu().clone() for name, x in policy.state_dict().items()}
-        # s_g of the validation pairs, the best's. Below any score: the base is the first best.
-        self.scores = torch.full((n,), -1.0)
+        self.scores = torch.full((n,), -1.0)            # the best's s_g; the base's is above -1
         self.rollouts = torch.tensor(0)                 # after which the best was tested
         loop.lr_share = self.lr_share = torch.tensor(1.0)
         self.tensors = {f"best.{name}": x for name, x in self.weights.items()}      # for --resume
@@ -561,8 +557,7 @@ class BestState:
         return {"test": report, "lr_share": self.lr_share.item()}
 
     def finish(self, step, reference):
-        """The policy becomes the best state, or the base model, and what was found is printed.
-        -> the (w, tau) to test it at."""
+        """The policy becomes the best state or the base model. -> the (w, tau) to test it at."""
         halved = round(-self.lr_share.log2().item())
         self.test(step)
         self.policy.load_state_dict(self.weights)

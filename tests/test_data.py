@@ -581,6 +581,23 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in end.value.code
 
 
+MOVED = [
+    (["--write", "pairs", "--n", "600"], "pairworld.py --write DIR"),
+    (["--picture", "docs/pairworld.png"], "--image PNG"),
+    (["--build", "edits.json", "--judge", "URL", "--out", "x"], "python -m extras.build_pairs"),
+]
+
+
+@pytest.mark.parametrize("argv, says", MOVED)
+def test_an_old_command_of_data_names_the_new_one(argv, says, tmp_path, monkeypatch):
+    """Without this, python data.py --write DIR would end well and write nothing."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^error: ") as end:
+        run_script(monkeypatch, data, *argv)
+    assert says in end.value.code and "\n" not in end.value.code
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("n, held_out", [(80, (10, 5)), (24, (3, 1)), (0, (20, 10))])
 def test_the_test_is_held_out_of_the_pairs_with_images(n, held_out):
     """A test pair without images has no oracle. And were the test as large as for all pairs, a few

@@ -546,6 +546,7 @@ def test_an_earlier_flag_names_what_does_its_work_now(args, says):
 
 
 @pytest.mark.parametrize("script, args, says", [
+    ("data.py", ["--write", "pairs"], "python pairworld.py --write DIR"),
     ("sample.py", ["--run", "x", "--layout", "dpg"], "python -m extras.layouts"),
     ("sample.py", ["--janus", "DIR", "--prompt", "a"], "python -m extras.janus --import DIR"),
     ("eval_paircomp.py", ["--compare", "x"], "python -m extras.ablation --compare"),
