@@ -471,10 +471,11 @@ def prompt_divergence(model, prompts, twins, tokens, empty=None, guidance=1.0, t
 
 
 # -- Run folders -----------------------------------------------------------------------------------
-def run_settings(run, stage):
-    """The settings of a stage of a run folder, {} if it was not trained there."""
+def run_settings(run, *stages):
+    """The settings of the first of these stages that was trained in a run folder, or {}."""
     path = Path(run) / "config.json"
-    return read_json(path, "config of the run").get(stage, {}) if path.is_file() else {}
+    config = read_json(path, "config of the run") if path.is_file() else {}
+    return next((config[stage] for stage in stages if config.get(stage)), {})
 
 
 def how_to_run(compile, device):
@@ -506,7 +507,7 @@ def load_policy(run, policy, device, dtype=None, compile=None):
                         f"tokens, tokenizer.safetensors {ours[0]} and {ours[1]}; train one of them "
                         "again")
     model.stored = {k: v.dtype for k, v in model.state_dict().items()}
-    trained = run_settings(run, "ppo") or run_settings(run, "pretrain")
+    trained = run_settings(run, "ppo", "pretrain")
     model.bf16 = uses_bf16(dtype or trained.get("dtype", "auto"), device)
     model.running = how_to_run(compile or trained.get("compile", "auto"), device)
     model.gen_head.float()

@@ -66,8 +66,7 @@ def run_benchmark(args):
     table, writes RUN/paircomp_POLICY.json."""
     device = pick_device(args.device)
     vq, model = load_policy(args.run, args.policy, device, compile=args.compile)
-    trained = run_settings(args.run, "ppo") or run_settings(args.run, "pretrain")
-    data = trained.get("data", "")
+    data = run_settings(args.run, "ppo", "pretrain").get("data", "")
     if not data and (vq.cfg.image_size != IMAGE_SIZE or model.text.empty is None):
         raise UserError(f"{args.run}: is no model of PairWorld, whose benchmark this is; use "
                         "generate, score and summarize")

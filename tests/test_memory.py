@@ -4,6 +4,7 @@ import os
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from extras import memory
 from extras.memory import JANUS, Alive, trace
 from model import KEYS, ImageModel, ModelConfig, round_up, save_policy, score
 from tokenizer import VQConfig, VQModel
-from train import PPO
+from train import PPO, BestState
 
 TINY = ModelConfig(50, 40, 100, 16, 2, 2, 32, 64, 8, False)
 TINY_VQ = VQConfig(32, 4, 32, (1, 1), 1, 1, False, 32, 32, 40, 8)
@@ -185,8 +186,9 @@ def test_a_run_folder_is_largest_when_the_next_state_is_written(tmp_path, monkey
 
     monkeypatch.setattr(os, "replace", watch)
     with common.Loop("ppo", PPO(out=str(tmp_path), steps=3), resume=False) as loop:
-        best = {f"best.{name}": x.clone() for name, x in policy.state_dict().items()}
-        loop.start({"model": policy}, [common.adamw(policy.parameters(), 1e-3, 0.0)], best)
+        optimizer = common.adamw(policy.parameters(), 1e-3, 0.0)
+        best = BestState(policy, optimizer, SimpleNamespace(sets={"validation": ([], None)}), loop)
+        loop.start({"model": policy}, [optimizer], best.tensors)
         for step in loop:
             for p in policy.parameters():
                 p.grad = torch.ones_like(p)
