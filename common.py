@@ -194,12 +194,11 @@ def load_module(path, module_class, config_class, device="cpu"):
 def pick_device(name):
     """auto, cpu, cuda or mps -> torch.device. UserError if torch sees no such device. On cuda it
     switches cuDNN's attention off, which makes a plan for each new length."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
-    no_cuda = name == "cuda" and not torch.cuda.is_available()
-    no_mps = name == "mps" and not torch.backends.mps.is_available()
-    if no_cuda or no_mps:
+        name = next(name for name, there in available.items() if there)
+    if not available[name]:
         raise UserError(f"--device {name}: torch {torch.__version__} sees no such device here; "
                         "try --device auto")
     if name == "cuda":

@@ -44,8 +44,9 @@ class PairSet:
         """The 2P prompts in a row, a pair's two side by side."""
         return [prompt for pair in self.prompts for prompt in pair]
 
-    def has_images(self, indices):
-        return np.array([self.images[i] is not None for i in indices])
+    def has_images(self):
+        """Which of the pairs have images (P,)."""
+        return np.array([images is not None for images in self.images])
 
     def select(self, indices):
         """Some of the pairs -> PairSet."""
@@ -54,13 +55,9 @@ class PairSet:
         return PairSet([self.prompts[i] for i in indices], images,
                        [self.categories[i] for i in indices], self.size)
 
-    def rows_with_images(self):
-        """Indices of the pairs that have images."""
-        return np.flatnonzero(self.has_images(range(len(self))))
-
     def with_images(self):
         """The pairs that have images. UserError if there is none."""
-        kept = self.rows_with_images()
+        kept = np.flatnonzero(self.has_images())
         if not len(kept):
             raise UserError("none of the pairs has images, and this stage learns from images; "
                             "give --data with image1 and image2")
@@ -142,8 +139,9 @@ def read_splits(path, size):
     Each pair belongs where its "split" says, or if no pair has one, where `split_by_caption` puts
     it. UserError if a part would be empty."""
     pairs = read_pairs(path, size)
-    names = pairs.splits if any(pairs.splits) else split_by_caption(
-        pairs.prompts, pairs.has_images(range(len(pairs))))
+    names = pairs.splits
+    if not any(names):
+        names = split_by_caption(pairs.prompts, pairs.has_images())
     parts = {}
     for split in SPLITS:
         rows = [i for i, name in enumerate(names) if name == split]

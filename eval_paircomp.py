@@ -199,7 +199,7 @@ def measure_pairworld(pairs):
 
 def measure_own(pairs, gallery):
     """That of own images, or None if a pair has none."""
-    if len(pairs.rows_with_images()) < len(pairs):
+    if not pairs.has_images().all():
         return None
     own = pairs.load(np.arange(len(pairs)))
     return lambda images: nearest_images(images, own, gallery)
@@ -208,11 +208,11 @@ def measure_own(pairs, gallery):
 def load_gallery(train, held_out):
     """The images that samples are compared with: all of the held-out sets, and of the training
     pairs as many as GALLERY, each once, by chance -> (M, H, W, 3) uint8."""
-    files = list(dict.fromkeys(f for i in train.rows_with_images() for f in train.images[i]))
+    files = list(dict.fromkeys(file for two in train.images if two for file in two))
     shown = np.random.default_rng(0).permutation(len(files))[:GALLERY]
     images = [load_image(files[i], train.size)[None] for i in shown]
     for pairs in held_out:
-        loaded = pairs.load(pairs.rows_with_images())                   # (P, 2, H, W, 3)
+        loaded = pairs.load(np.flatnonzero(pairs.has_images()))         # (P, 2, H, W, 3)
         images.append(loaded.reshape(-1, *loaded.shape[2:]))
     return np.concatenate(images)
 
@@ -308,15 +308,10 @@ class BeforeAfter:
         self.base_setting, self.base_scores = self.best_setting(reference)
         self.base, images = self.run(reference, "test", *self.base_setting)
         reference.graphed = None        # it samples no more: its caches are free for the policy
-        self.base_images = self.first_images(images)
+        self.base_images = images[self.picks, :, 0]                     # (.., 2, H, W, 3)
         save_weights(kept, {"images": torch.from_numpy(self.base_images),
                             "scores": torch.from_numpy(self.base_scores)},
                      report=self.base, setting=self.base_setting)
-
-    def first_images(self, images):
-        """images (P, 2, K, H, W, 3) -> (categories, 2, H, W, 3): of each pick the first image of
-        each prompt."""
-        return images[self.picks, :, 0]
 
     def after(self, policy, setting, steps):
         """Test the policy at a setting (w, tau), print the table, write paircomp.json and
@@ -328,7 +323,7 @@ class BeforeAfter:
                   "base_setting": self.base_setting, "ppo_setting": setting}
         write_atomically(out / "paircomp.json", json.dumps(result).encode())
         path = out / "samples" / "before_after.png"
-        self.draw(path, self.first_images(images))
+        self.draw(path, images[self.picks, :, 0])
         print("best (w, tau) on validation pairs: base {:g}, {:g}; ppo {:g}, {:g}".format(
             *self.base_setting, *setting))
         print(format_before_after(self.base, ppo))
@@ -348,7 +343,7 @@ class BeforeAfter:
     def draw(self, path, ppo_images):
         """What is asked, if the pairs have images, the base model's images and the policy's."""
         shown = {"base": self.base_images, "ppo": ppo_images}           # (categories, 2, H, W, 3)
-        if self.pairs.has_images(self.picks).all():
+        if self.pairs.has_images()[self.picks].all():
             shown = {"asked": self.pairs.load(self.picks)} | shown
         rows = np.stack(list(shown.values()), 1)                        # (.., 2 or 3, 2, H, W, 3)
         labels = []

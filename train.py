@@ -602,7 +602,7 @@ def draw_pairs(rng, pairs, unpaired, n):
     are replaced by an unpaired prompt, which is a pair with itself."""
     chosen = rng.integers(len(pairs), size=n)
     prompts = [pairs.prompts[i] for i in chosen]
-    has_images = pairs.has_images(chosen)
+    has_images = pairs.has_images()[chosen]
     if unpaired is not None:
         for p in np.flatnonzero(rng.random(n) < PROMPTS_SHARE):
             prompts[p] = unpaired.prompts[rng.integers(len(unpaired))]
