@@ -10,7 +10,7 @@ to please the training judge. `OracleJudge` reads PairWorld without learning. It
 
 Both networks learn from pairs alone. An image with its own prompt is a yes and with the twin's
 prompt a no, and since the prompts of a pair differ in one detail, the judge has to look at details.
-A splice of the two images is a no, unless it shows the same as one of them.
+An image of another pair is a no, and so is a splice, unless it shows the same as one of the twins.
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -199,33 +199,42 @@ def load_judges(run, device):
 
 
 # -- Training --------------------------------------------------------------------------------------
-def splice(images, renderings, rng):
-    """Images that are neither twin's: each block from the one or the other, by chance.
+def splice(images, renderings, prompts, rng):
+    """A third image for each pair: each block from one of its images or from a partner, by chance.
+    The partner is its other image, or one of another pair. Judges learn to say no to what no twin
+    shows: two red circles and a blue one, or another thing altogether. A policy draws such images.
 
-    images, renderings (P, 2, 3, H, W) -> spliced (P, 1, 3, H, W), and whether it shows the same as
-    each twin (P, 2) bool. Pairs alone never show a judge two red circles and a blue one. A policy
-    does, and is paid for it by a judge that has not learned to say no. Whether it shows the same is
-    decided on the renderings: a decoder spreads a token's change, too faintly to see."""
-    grid = int(rng.choice([4, 8]))                      # whole objects, or parts of them
-    mask = torch.from_numpy(rng.random((len(images), 1, grid, grid)) < 0.5).to(images.device)
+    images, renderings (P, 2, 3, H, W), prompts (P, 2, T) -> spliced (P, 1, 3, H, W), and whether it
+    shows the same as each image of the pair (P, 2) bool. The renderings decide: a decoder spreads a
+    token's change over the image, too faintly to see."""
+    grid = int(rng.choice([1, 4, 8]))                   # whole images, objects, or parts of them
     block = images.shape[-1] // grid
-    mask = mask.repeat_interleave(block, -2).repeat_interleave(block, -1)       # (P, 1, H, W)
-    spliced = torch.where(mask, images[:, 0], images[:, 1])[:, None]
-    rendered = torch.where(mask, renderings[:, 0], renderings[:, 1])[:, None]
-    return spliced, (rendered == renderings).flatten(2).all(-1)
+    mask = torch.from_numpy(rng.random((len(images), 1, grid, grid)) < 0.5).to(images.device)
+    mask = repeat(mask, "p 1 y x -> p 1 (y h) (x w)", h=block, w=block)         # (P, 1, H, W)
+    one = int(rng.integers(2))
+    other = 1 - one
+    twin = torch.from_numpy(rng.random(len(images)) < 0.5).to(images.device)    # (P,)
+    # An image of another pair would be right if it has one of this pair's prompts.
+    twin |= (prompts[:, other].roll(1, 0)[:, None] == prompts).all(-1).any(-1)
+
+    def mix(x):
+        partner = torch.where(twin[:, None, None, None], x[:, other], x[:, other].roll(1, 0))
+        return torch.where(mask, x[:, one], partner)[:, None]                   # (P, 1, 3, H, W)
+
+    return mix(images), (mix(renderings) == renderings).flatten(2).all(-1)
 
 
 def judge_loss(network, images, prompts, renderings=None, rng=None):
     """images (P, 2, 3, H, W), each with both prompts (P, 2, T) of its pair -> (loss, accuracy).
 
-    With renderings (the images before the tokenizer saw any of them) a splice of the two counts as
-    a third image. The loss is the cross-entropy of yes and no, which calibrates R, plus that of
-    choosing an image's own prompt from the two. In the second all that the twins share cancels, so
-    that the one detail is learned sooner."""
+    With renderings (the images before the tokenizer saw any of them) a splice counts as a third
+    image. The loss is the cross-entropy of yes and no, which calibrates R, plus that of choosing an
+    image's own prompt from the two. In the second all that the twins share cancels, so that the one
+    detail is learned sooner."""
     own = torch.eye(2, dtype=torch.bool, device=images.device)
     own = own.expand(len(images), 2, 2)                                 # (P, image, prompt)
     if renderings is not None:
-        spliced, equal = splice(images, renderings, rng)
+        spliced, equal = splice(images, renderings, prompts, rng)
         images = torch.cat([images, spliced], 1)                        # (P, K=3, 3, H, W)
         own = torch.cat([own, equal[:, None]], 1)                       # (P, K, 2)
     k = images.shape[1]
@@ -260,8 +269,7 @@ def judge_report(judge, images, pairs):
     p = judge.score(flat, prompts).numpy().reshape(-1, 4)
     truth = np.broadcast_to([True, False, False, True], p.shape)        # own, twin's, twin's, own
     right = (p > 0.5) == truth
-    report = {}
-    for category in dict.fromkeys(pairs.categories):
-        report[category] = float(right[[c == category for c in pairs.categories]].mean())
+    categories = np.array(pairs.categories)
+    report = {c: float(right[categories == c].mean()) for c in dict.fromkeys(categories) if c}
     ece = calibration_error(p.flatten(), truth.flatten())
     return report | {"accuracy": float(right.mean()), "ece": ece}
