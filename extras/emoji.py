@@ -8,10 +8,10 @@ A caption is an emoji's name in lower case, with the skin tone in words: "woman 
 skin". A pair is two captions that differ in one word or two neighboring ones. The captions of
 held-out pairs are in no training pair.
 
-tones.json has the pairs that differ in the skin tone alone, and to train on as many of two emoji in
-the same tone. careless.json has the first kind, but most of its training captions mistake the tone
-for the next darker one, and so may name a held-out caption. A base model that learns from it draws
-emoji well and their tone wrongly, which is what PPO can repair:
+tones.json has the pairs that differ in the skin tone alone. Of two in five emoji one such pair is
+held out; the emoji's other tones are trained on. careless.json is the same, but most of its training
+captions mistake the tone for the next darker one, and so may name a held-out caption. A base model
+that learns from it draws emoji well and their tone wrongly, which is what PPO can repair:
 
     python train.py --stage pretrain --data emoji/careless.json --out runs/tones
     python train.py --stage ppo --data emoji/tones.json --out runs/tones
@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from common import UserError, make_folder, read_json, write_json
-from data import split_by_caption
+from data import TEST_PAIRS, split_by_caption
 
 ATTRIBUTION = ("Images: Twemoji, copyright Twitter, Inc. and other contributors, "
                "https://github.com/jdecked/twemoji, CC-BY 4.0 "
@@ -100,10 +100,8 @@ def main(argv=None):
     print(ATTRIBUTION)
     pairs = similar_pairs(sources)
     write_pairs(out / "pairs.json", pairs, split_by_caption(pairs), files)
-    pairs = tone_pairs(sources)
-    splits = split_by_caption(pairs)
-    others = same_tone_pairs([pair for pair, split in zip(pairs, splits) if split == "train"])
-    write_pairs(out / "tones.json", pairs + others, splits + ["train"] * len(others), files)
+    pairs, splits = tone_pairs(sources)
+    write_pairs(out / "tones.json", pairs, splits, files)
     rng = np.random.default_rng(0)
     careless = [tuple(mistake_tone(caption, rng) for caption in pair) for pair in pairs]
     captions = [wrong if split == "train" else right
@@ -133,29 +131,27 @@ def split_tone(caption):
 
 
 def tone_pairs(captions):
-    """Pairs of captions that differ in the skin tone alone."""
+    """Pairs of captions that differ in the skin tone alone, and which split each is in. An emoji has
+    one held-out pair at most: those who learn see it in its other tones."""
     groups = {}
     for caption in captions:
         name, tone = split_tone(caption)
         if tone:
             groups.setdefault(name, []).append(caption)
-    return [pair for group in groups.values() for pair in combinations(group, 2)]
-
-
-def same_tone_pairs(pairs):
-    """For each pair another: one of its captions, and one of another emoji in that tone. Judges
-    that had learned from tones alone paid for mere patches of skin, and PPO drew nothing else."""
+    groups = list(groups.values())
     rng = np.random.default_rng(0)
-    captions = {}
-    for caption in dict.fromkeys(caption for pair in pairs for caption in pair):
-        captions.setdefault(split_tone(caption)[1], []).append(caption)
-    found = []
-    for pair in pairs:
-        one = pair[rng.integers(2)]
-        others = [other for other in captions[split_tone(one)[1]] if other != one]
-        if others:
-            found.append((one, others[rng.integers(len(others))]))
-    return found
+    n_test = min(TEST_PAIRS, 2 * len(groups) // 5)
+    order = rng.permutation(len(groups)).tolist()
+    held_out = {"test": order[:n_test], "validation": order[n_test:][:-(-n_test // 2)]}
+    split_of = {}                       # of the held-out captions
+    for split, numbers in held_out.items():
+        for n in numbers:
+            chosen = rng.permutation(len(groups[n]))[:2]
+            split_of |= {groups[n][i]: split for i in chosen}
+    pairs = [pair for group in groups for pair in combinations(group, 2)]
+    found = [[split_of.get(caption, "train") for caption in pair] for pair in pairs]
+    splits = [one if one == other else "dropped" for one, other in found]
+    return pairs, splits
 
 
 def mistake_tone(caption, rng):

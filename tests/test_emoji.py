@@ -100,23 +100,24 @@ def test_careless_captions_name_the_next_darker_tone(package, tmp_path):
     assert 0.4 < np.mean(changed["train"]) < 0.8
     assert not any(changed["validation"] + changed["test"])
     for key in ("image1", "image2", "split"):
-        assert [e[key] for e in tones][:len(careless)] == [e[key] for e in careless]
+        assert [e[key] for e in tones] == [e[key] for e in careless]
 
 
-def test_tones_are_trained_on_beside_other_emoji(package, tmp_path):
-    """With pairs of tones alone the judges never saw a wrong emoji. PPO found out: its swimmers
-    became patches of skin in the right tone, and the table, of tones alone too, called it a gain of
-    28 points."""
-    captions = [f"{name} {tone}" for name in ("man", "woman", "hand")
-                for tone in emoji.TONES.values()]
-    pairs = emoji.tone_pairs(captions)
-    others = emoji.same_tone_pairs(pairs)
-    assert len(pairs) == len(others) == 30
-    split = [[emoji.split_tone(caption) for caption in pair] for pair in others]
-    assert all(one[0] != other[0] and one[1] == other[1] for one, other in split)
-    assert {one[1] for one, _ in split} == set(emoji.TONES.values())    # dark patches count too
-    emoji.main([str(package), "--out", str(tmp_path)])
-    tones = json.loads((tmp_path / "tones.json").read_text())
-    held_out, trained = ({e[k] for e in tones for k in ("prompt1", "prompt2")
-                          if (e["split"] == "train") == train} for train in (False, True))
-    assert held_out and trained and not held_out & trained
+def test_an_emoji_has_one_held_out_pair_of_tones_at_most():
+    """Where more was held out, the judges hardly knew the emoji: PPO drew heads instead of swimmers
+    in the right tone, and was paid."""
+    names = [f"person {i}" for i in range(50)]
+    captions = [f"{name} {tone}" for name in names for tone in emoji.TONES.values()]
+    pairs, splits = emoji.tone_pairs([*captions, "cat", "pair light skin and dark skin"])
+    counts = {split: splits.count(split) for split in set(splits)}
+    # of 5 tones 10 pairs; with one held out, 3 are left and 6 name a held-out caption
+    assert counts == {"test": 20, "validation": 10, "train": 20 * 10 + 30 * 3, "dropped": 30 * 6}
+    held_out = [emoji.split_tone(pair[0])[0] for pair, split in zip(pairs, splits)
+                if split in ("test", "validation")]
+    assert len(set(held_out)) == len(held_out) == 30
+    captions_of = {split: {caption for pair, s in zip(pairs, splits) if s == split
+                           for caption in pair} for split in ("train", "validation", "test")}
+    assert not captions_of["train"] & (captions_of["validation"] | captions_of["test"])
+    assert emoji.tone_pairs(captions) == (pairs, splits)
+    tones = {emoji.split_tone(caption)[1] for caption in captions_of["test"]}
+    assert tones == set(emoji.TONES.values())
