@@ -169,8 +169,7 @@ def load_strictly(module, tensors, path, assign=False):
         if tensors[k].shape != own[k].shape:
             bad.append(f"{k} is {tuple(tensors[k].shape)}, should be {tuple(own[k].shape)}")
     if bad:
-        kind = type(module).__name__
-        raise UserError(f"{path}: does not fit this {kind}: {'; '.join(bad)}")
+        raise UserError(f"{path}: does not fit this {type(module).__name__}: {'; '.join(bad)}")
     module.load_state_dict(tensors, assign=assign)
     return module
 

@@ -178,11 +178,6 @@ def generate_images(model, vq, prompts, per_prompt, guidance, temperature, seed,
 
 
 # -- Before and after PPO --------------------------------------------------------------------------
-def benchmark_pairs(n_per_category=20):
-    """The PairWorld benchmark: the same held-out pairs for every run -> PairSet."""
-    return pairworld(6 * n_per_category, "test", seed=0)
-
-
 def benchmark(model, vq, judges, pairs, cfg, batch=64, progress=None, measure=None):
     """A policy's images of the pairs' prompts, judged -> (report of `paircomp`, images
     (P, 2, K, H, W, 3)). cfg has guidance, temperature and seed."""
@@ -228,7 +223,7 @@ def held_out_sets(cfg, size):
         sets = {name: (pairs, measure_own(pairs, gallery)) for name, pairs in sets.items()}
     else:
         sets = {"validation": pairworld(VALIDATION_PAIRS, "validation", seed=0),
-                "test": benchmark_pairs(cfg.eval_pairs)}
+                "test": pairworld(6 * cfg.eval_pairs, "test", seed=0)}
         sets = {name: (pairs, measure_pairworld(pairs)) for name, pairs in sets.items()}
     if cfg.test:
         from extras.paircomp_files import first_pairs

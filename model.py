@@ -455,8 +455,8 @@ def prompt_divergence(model, prompts, twins, tokens, empty=None, guidance=1.0, t
     def head(*h):
         logits = [m.logits(x) for m, x in zip(models * 2, h)]         # two, or four if guided
         uncond = logits[2:] or [None, None]
-        p = policy_logits(logits[0], uncond[0], guidance, temperature).log_softmax(-1)
-        q = policy_logits(logits[1], uncond[1], guidance, temperature).log_softmax(-1)
+        p, q = (policy_logits(cond, u, guidance, temperature).log_softmax(-1)
+                for cond, u in zip(logits, uncond))
         middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
         from_p = (p.exp() * (p - middle)).sum(-1)
         from_q = (q.exp() * (q - middle)).sum(-1)

@@ -8,7 +8,7 @@ cells. A reference object on a black tile stands on the other side of the image,
 corner beside it. The two images of a pair share everything that their prompts do not tell apart.
 
 `pairworld` makes pairs. `read_scene`, the oracle, reads every attribute back without learning.
-`difference_mask` says where two images truly differ. `TextTokens` makes ids of prompts.
+`TextTokens` makes ids of prompts.
 """
 import re
 from functools import cache
@@ -226,13 +226,6 @@ def render(scene, layout):
     corner = place(scene.relation, GRID - 1, (GRID - 1) * layout.letter_slot)
     put(corner, cells["letter", scene.letter])
     return image
-
-
-def difference_mask(images, grid):
-    """Where the two images of a pair differ, on the token grid. images (P, 2, H, W, 3) uint8 ->
-    (P, grid, grid) bool."""
-    differs = (images[:, 0] != images[:, 1]).any(-1)                    # (P, H, W)
-    return rearrange(differs, "p (y i) (x j) -> p y x (i j)", y=grid, x=grid).any(-1)
 
 
 # -- The oracle ------------------------------------------------------------------------------------

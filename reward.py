@@ -10,7 +10,7 @@ to please the training judge. `OracleJudge` reads PairWorld without learning. It
 
 Both networks learn from pairs alone. An image with its own prompt is a yes and with the twin's
 prompt a no, and since the prompts of a pair differ in one detail, the judge has to look at details.
-An image of another pair is a no, and so is a splice, unless it shows the same as one of the twins.
+A third image, of another pair or a splice, is a no, unless it shows the same as one of the twins.
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -199,44 +199,55 @@ def load_judges(run, device):
 
 
 # -- Training --------------------------------------------------------------------------------------
-def splice(images, renderings, prompts, rng):
-    """A third image for each pair: each block from one of its images or from a partner, by chance.
-    The partner is its other image, or one of another pair. Judges learn to say no to what no twin
-    shows: two red circles and a blue one, or another thing altogether. A policy draws such images.
+def most_alike(prompts):
+    """P pairs of prompts -> for each pair that other one which shares most words with it (P,). One
+    whose prompts say all that a prompt of the pair says is left out: its image may be right."""
+    words = [[set(prompt.split()) for prompt in pair] for pair in prompts]
+    shared = np.zeros((len(words), len(words)))
+    for i, j in np.ndindex(shared.shape):
+        may_be_right = any(own <= other for own in words[i] for other in words[j])
+        shared[i, j] = -1 if may_be_right else len(set.union(*words[i]) & set.union(*words[j]))
+    np.fill_diagonal(shared, -0.5)      # if all others are left out, the pair itself
+    return torch.from_numpy(shared.argmax(1))
 
-    images, renderings (P, 2, 3, H, W), prompts (P, 2, T) -> spliced (P, 1, 3, H, W), and whether it
-    shows the same as each image of the pair (P, 2) bool. The renderings decide: a decoder spreads a
+
+def splice(images, renderings, strangers, rng):
+    """A third image for each pair: a stranger's, that is, of another pair; or a splice, each block
+    of which is from one of the pair's images or from a partner, by chance. The partner is the other
+    image of the pair or a stranger's. Judges learn to say no to what neither twin shows: two red
+    circles and a blue one, or another thing in the right color. A policy draws such images.
+
+    images, renderings (P, 2, 3, H, W), strangers (P,) indices -> third images (P, 1, 3, H, W), and
+    whether they show the same as the pair's (P, 2) bool. The renderings decide: a decoder spreads a
     token's change over the image, too faintly to see."""
     grid = int(rng.choice([1, 4, 8]))                   # whole images, objects, or parts of them
+    share = 0.5 if grid > 1 else 0.0                    # of own blocks, and of twins as partners
     block = images.shape[-1] // grid
-    mask = torch.from_numpy(rng.random((len(images), 1, grid, grid)) < 0.5).to(images.device)
+    mask = torch.from_numpy(rng.random((len(images), 1, grid, grid)) < share).to(images.device)
     mask = repeat(mask, "p 1 y x -> p 1 (y h) (x w)", h=block, w=block)         # (P, 1, H, W)
+    twin = torch.from_numpy(rng.random((len(images), 1, 1, 1)) < share).to(images.device)
     one = int(rng.integers(2))
     other = 1 - one
-    twin = torch.from_numpy(rng.random(len(images)) < 0.5).to(images.device)    # (P,)
-    # An image of another pair would be right if it has one of this pair's prompts.
-    twin |= (prompts[:, other].roll(1, 0)[:, None] == prompts).all(-1).any(-1)
 
     def mix(x):
-        partner = torch.where(twin[:, None, None, None], x[:, other], x[:, other].roll(1, 0))
-        return torch.where(mask, x[:, one], partner)[:, None]                   # (P, 1, 3, H, W)
+        partner = torch.where(twin, x[:, other], x[strangers, other])           # (P, 3, H, W)
+        return torch.where(mask, x[:, one], partner)[:, None]
 
     return mix(images), (mix(renderings) == renderings).flatten(2).all(-1)
 
 
-def judge_loss(network, images, prompts, renderings=None, rng=None):
+def judge_loss(network, images, prompts, third=None):
     """images (P, 2, 3, H, W), each with both prompts (P, 2, T) of its pair -> (loss, accuracy).
+    third: images, and which prompts they are right for, as from `splice`.
 
-    With renderings (the images before the tokenizer saw any of them) a splice counts as a third
-    image. The loss is the cross-entropy of yes and no, which calibrates R, plus that of choosing an
-    image's own prompt from the two. In the second all that the twins share cancels, so that the one
-    detail is learned sooner."""
+    The loss is the cross-entropy of yes and no, which calibrates R, plus that of choosing the own
+    prompt of a twin's image from the two. In the second all that the twins share cancels, so that
+    the one detail is learned sooner."""
     own = torch.eye(2, dtype=torch.bool, device=images.device)
     own = own.expand(len(images), 2, 2)                                 # (P, image, prompt)
-    if renderings is not None:
-        spliced, equal = splice(images, renderings, prompts, rng)
-        images = torch.cat([images, spliced], 1)                        # (P, K=3, 3, H, W)
-        own = torch.cat([own, equal[:, None]], 1)                       # (P, K, 2)
+    if third is not None:
+        images = torch.cat([images, third[0]], 1)                       # (P, K=3, 3, H, W)
+        own = torch.cat([own, third[1][:, None]], 1)                    # (P, K, 2)
     k = images.shape[1]
     ids = prompts.flatten(0, 1)                                         # (P*2, T)
     image_features = network.encode_image(images.flatten(0, 1)).repeat_interleave(2, 0)

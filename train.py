@@ -40,7 +40,7 @@ from model import ImageModel, ModelConfig, empty_ids, generate, load_policy, sav
 from model import usual_guidance
 from pairworld import ATTRIBUTES, LONG, SHORT, TextTokens, pairworld, read_scene
 from reward import Judge, JudgeConfig, NetworkJudge, OracleJudge, judge_loss, judge_report
-from reward import load_judges, save_judges, submit
+from reward import load_judges, most_alike, save_judges, splice, submit
 from tokenizer import VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels
 from tokenizer import kmeans_codes, update_codebook, vq_loss
 
@@ -398,15 +398,17 @@ def train_reward(cfg, loop):
             with torch.no_grad():
                 drawn = vq.decode(codes[chosen[:half]].to(device).flatten(0, 1)).clamp(-1, 1)
             images[:half] = drawn.view_as(images[:half])
-            prompts = [prompt for i in chosen for prompt in pairs.prompts[i]]
-            ids = torch.from_numpy(text.encode_prompts(prompts, judge.cfg.n_text)).to(device)
-            ids = rearrange(ids, "(p i) t -> p i t", i=2)
+            prompts = [pairs.prompts[i] for i in chosen]
+            ids = text.encode_prompts([p for pair in prompts for p in pair], judge.cfg.n_text)
+            ids = torch.from_numpy(rearrange(ids, "(p i) t -> p i t", i=2)).to(device)
             coarse = name == "train" and cfg.negatives == "others"
             if coarse:                  # the second twin becomes that of the pair before
                 images[:, 1], ids[:, 1] = images[:, 1].roll(1, 0), ids[:, 1].roll(1, 0)
+            third = None
+            if step >= cfg.splices_from and not coarse:
+                third = splice(images, renderings, most_alike(prompts), rng)
             with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(cfg.dtype, device)):
-                spliced = renderings if step >= cfg.splices_from and not coarse else None
-                loss, accuracy = judge_loss(judge, images, ids, spliced, rng)
+                loss, accuracy = judge_loss(judge, images, ids, third)
             loss.backward()
             metrics[f"loss_{name}"] = loss
             metrics[f"accuracy_{name}"] = accuracy

@@ -36,11 +36,12 @@ import ppo
 import train
 from common import (Loop, UserError, first_few, load_module, make_folder, only_process, pick_device,
                     read_json, write_atomically)
-from eval_paircomp import benchmark_pairs, category_means, text_table
+from eval_paircomp import category_means, text_table
+from extras.draw_world import difference_mask
 from extras.judges import name_judges
 from extras.plots import JUDGES, load_pyplot, save_figure
 from model import load_policy, prompt_divergence, run_settings
-from pairworld import GRID, IMAGE_SIZE, different_attributes, difference_mask, read_cells
+from pairworld import GRID, IMAGE_SIZE, different_attributes, pairworld, read_cells
 from tokenizer import VQConfig, VQModel, decode_ids, encode_images
 
 # --------------------------------------------------------------------------------------------------
@@ -417,7 +418,7 @@ def difference_of_run(run, device):
     if vq.cfg.image_size != IMAGE_SIZE or models["base"].text.empty is None:
         raise UserError(f"{run}: is no model of PairWorld, and only there the true difference is "
                         "known")
-    pairs = benchmark_pairs(run_settings(run, "ppo").get("eval_pairs", 20))
+    pairs = pairworld(6 * run_settings(run, "ppo").get("eval_pairs", 20), "test", seed=0)
     found = {}
     for policy, model in models.items():
         of_d_t, of_spread, _ = true_difference(vq, pairs, model, model, twins=True)

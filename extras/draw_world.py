@@ -5,11 +5,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 import pairworld
 from common import UserError
 from data import image_grid
+
+
+def difference_mask(images, grid):
+    """Where the two images of a pair differ, on the token grid. images (P, 2, H, W, 3) uint8 ->
+    (P, grid, grid) bool."""
+    differs = (images[:, 0] != images[:, 1]).any(-1)                    # (P, H, W)
+    return rearrange(differs, "p (y i) (x j) -> p y x (i j)", y=grid, x=grid).any(-1)
 
 
 def write_pairs(pairs, folder):
@@ -31,7 +39,7 @@ def write_pairs(pairs, folder):
 def draw_categories(path, seed):
     """A test pair of each category: the two images, and white where they differ."""
     pairs = pairworld.pairworld(len(pairworld.CATEGORIES), "test", seed)
-    mask = pairworld.difference_mask(pairs.images, 8).repeat(4, 1).repeat(4, 2)   # (6, 32, 32)
+    mask = difference_mask(pairs.images, 8).repeat(4, 1).repeat(4, 2)   # (6, 32, 32)
     mask = np.repeat(mask[..., None] * np.uint8(255), 3, -1)            # (6, 32, 32, 3)
     rows = np.stack([pairs.images[:, 0], pairs.images[:, 1], mask], 1)  # (6, 3, 32, 32, 3)
     labels = []

@@ -9,9 +9,9 @@ skin". A pair is two captions that differ in one word or two neighboring ones. T
 held-out pairs are in no training pair.
 
 tones.json has the pairs that differ in the skin tone alone. Of two in five emoji one such pair is
-held out; the emoji's other tones are trained on. careless.json is the same, but most of its training
-captions mistake the tone for the next darker one, and so may name a held-out caption. A base model
-that learns from it draws emoji well and their tone wrongly, which is what PPO can repair:
+held out; the emoji's other tones are trained on. careless.json is the same, but most of its
+training captions mistake the tone for the next darker one, and so may name a held-out caption. A
+base model that learns from it draws emoji well and their tone wrongly: what PPO can repair.
 
     python train.py --stage pretrain --data emoji/careless.json --out runs/tones
     python train.py --stage ppo --data emoji/tones.json --out runs/tones
@@ -131,8 +131,8 @@ def split_tone(caption):
 
 
 def tone_pairs(captions):
-    """Pairs of captions that differ in the skin tone alone, and which split each is in. An emoji has
-    one held-out pair at most: those who learn see it in its other tones."""
+    """Pairs of captions that differ in the skin tone alone, and which split each is in. An emoji
+    has one held-out pair at most: judge and policy know it in its other tones."""
     groups = {}
     for caption in captions:
         name, tone = split_tone(caption)

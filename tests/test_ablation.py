@@ -28,6 +28,7 @@ import train
 from common import UserError, load_weights, save_weights
 from extras import ablation, plots
 from extras.ablation import ARMS, RETIRED
+from extras.draw_world import difference_mask
 from model import ImageModel, ModelConfig, load_policy, prompt_divergence
 from pairworld import ATTRIBUTES, CATEGORIES, GRID, OPTIONAL, Layout, Scene
 from reward import Judge, JudgeConfig
@@ -149,7 +150,7 @@ def test_an_image_shows_a_difference_in_the_cells_that_carry_it(name, scene, lay
     named = named | {part for part, names in OPTIONAL.items() if name in names}
     images = np.stack([world.render(s, layout) for s in (scene, other)])
     prompts = world.caption(scene, named), world.caption(other, named)
-    fine, coarse = (world.difference_mask(images[None], grid)[0] for grid in (8, GRID))
+    fine, coarse = (difference_mask(images[None], grid)[0] for grid in (8, GRID))
     for image, s, pair in zip(images, (scene, other), (prompts, prompts[::-1])):
         shown = ablation.shown_in(image[None], [pair], 8)[0]
         cells = carrying_cells(s, layout, name)

@@ -15,7 +15,7 @@ import data
 import pairworld as world
 from common import UserError
 from data import PairSet
-from extras.draw_world import write_pairs
+from extras.draw_world import difference_mask, write_pairs
 from pairworld import ATTRIBUTES, CATEGORIES, GRID, IMAGE_SIZE, OPTIONAL, Layout, Scene, TextTokens
 
 NAMES = list(ATTRIBUTES)
@@ -210,7 +210,7 @@ def test_no_two_templates_are_alike():
 
 
 def test_the_images_of_a_pair_differ_only_inside_the_difference_mask(held_out):
-    masks = world.difference_mask(held_out.images, 8)
+    masks = difference_mask(held_out.images, 8)
     assert masks.shape == (300, 8, 8) and masks.any((1, 2)).all()
     for (first, second), mask in zip(held_out.images, masks):
         for y, x in itertools.product(range(8), range(8)):
@@ -222,7 +222,7 @@ def test_pairs_share_their_nuisance(held_out):
     """Only what the prompts tell apart may differ: as many cells as the difference needs, and all
     attributes that no prompt names agree."""
     found = world.read_scene(flat_images(held_out)).reshape(-1, 2, len(NAMES))
-    cells = world.difference_mask(held_out.images, GRID).sum((1, 2))
+    cells = difference_mask(held_out.images, GRID).sum((1, 2))
     rows = zip(held_out.categories, found, held_out.prompts, cells)
     for category, (first, second), prompts, n in rows:
         differs = [name for name, a, b in zip(NAMES, first, second) if a != b]

@@ -100,7 +100,7 @@ def test_categories_come_in_the_papers_order():
 
 
 def test_pair_accuracy_of_ground_truth_swapped_and_half():
-    pairs = ev.benchmark_pairs(20)
+    pairs = ev.pairworld(120, "test", seed=0)
     assert len(pairs) == 120 and all(pairs.categories.count(c) == 20 for c in CATEGORIES)
     own = np.stack([pairs.images, pairs.images], 2)  # (P, 2, K, H, W, 3)
     assert (ev.pair_accuracy(own, pairs.prompts) == 1).all()
