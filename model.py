@@ -58,11 +58,10 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None, slot=None, seen=None):
         """x (B, L, C): whole sequences, whose keys and values go into the cache (2, B, H, S, D) if
         there is one. Or L = 1, a decoding step: the token goes into slot (B,) of the cache, and
-        looks at the cache's first K slots where seen (B, 1, 1, K) is True."""
+        looks at the cache's first K slots where seen (B, 1, 1, K) is 0 and not -inf."""
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.n_head, -1))      # (B, L, 3, H, D)
-        q, k, v = qkv.transpose(1, 3).unbind(2)                         # (B, H, L, D) each
-        q = rotate(q, rope)
-        k = rotate(k, rope)
+        q, k = rotate(qkv[:, :, :2], rope).unbind(2)                    # (B, L, H, D) each
+        q, k, v = (y.transpose(1, 2) for y in (q, k, qkv[:, :, 2]))     # (B, H, L, D) each
         if slot is None:
             if cache is not None:
                 cache[:, :, :, :x.shape[1]] = torch.stack([k, v])
@@ -76,13 +75,13 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, seen):
-    """Attention of single queries (B, H, 1, D) to keys and values (B, H, K, D) where seen. In fp32
-    by its formula: for one query SDPA's kernel takes 1.7 times as long on a CPU. In bf16 by SDPA,
-    which keeps the scores in fp32."""
+    """Attention of single queries (B, H, 1, D) to keys and values (B, H, K, D); seen is added to
+    the scores. In fp32 by its formula: for one query SDPA's kernel takes 1.7 times as long on a
+    CPU. In bf16 by SDPA, which keeps the scores in fp32."""
     if q.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT                           # (B, H, 1, K)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    return (scores + seen).softmax(-1) @ v
 
 
 class MLP(nn.Module):
@@ -111,13 +110,19 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@functools.cache
+def compiled_layer():
+    """`Layer.forward` by torch.compile, once for all layers, models, batches and lengths."""
+    return torch.compile(Layer.forward, fullgraph=True, dynamic=True)
+
+
 class ImageModel(nn.Module):
     """text: what makes prompt ids, pairworld.TextTokens or a checkpoint's own (extras/janus.py).
 
     recompute: a layer's activations are made again in the backward instead of being kept.
     bf16: matrices multiply in bf16, in sampling and scoring alike.
-    running: how a decoding step runs, "eager", "graph" (a CUDA graph) or "compile" (torch.compile,
-    of scoring too)."""
+    running: "eager"; "graph", a decoding step is a CUDA graph; "compile", layers run by
+    torch.compile, in decoding and in scoring; "compile, graph"."""
 
     def __init__(self, cfg, text=None):
         super().__init__()
@@ -163,11 +168,15 @@ class ImageModel(nn.Module):
     def hidden(self, x, rope, caches=None, slot=None, seen=None):
         """Embeddings (B, L, C), rope of their positions -> normed hidden states (B, L, C). caches
         (one a layer), slot and seen as in `Attention`."""
+        # Prompts are read once a rollout, which is not worth a compilation.
+        compiled = "compile" in self.running and (caches is None or slot is not None)
+        forward = compiled_layer() if compiled else Layer.forward
+        x = x.clone() if compiled else x        # for a view dynamo would compile again
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, use_reentrant=False)
+                x = checkpoint(forward, layer, x, rope, use_reentrant=False)
             else:
-                x = layer(x, rope, caches[i] if caches else None, slot, seen)
+                x = forward(layer, x, rope, caches[i] if caches else None, slot, seen)
         return self.norm(x)
 
     def logits(self, h):
@@ -183,17 +192,18 @@ class ImageModel(nn.Module):
 
 
 def rope_table(cfg, length, device):
-    """cos and sin (S, D) of the rotary embedding for positions 0..S-1."""
+    """cos and sin (S, 1, 1, D) of the rotary embedding for positions 0..S-1."""
     d = cfg.n_embd // cfg.n_head
     frequency = cfg.rope_theta ** (-torch.arange(0, d, 2, device=device).float() / d)   # (D/2,)
     angle = torch.arange(length, device=device)[:, None] * frequency    # (S, D/2)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, rope):
     """Rotary embedding, LLaMA's half-and-half layout: with the halves a and b of a head's vector,
-    (a, b) -> (a cos - b sin, b cos + a sin). x (B, H, L, D), rope (L, D) or (B, 1, L, D)."""
+    (a, b) -> (a cos - b sin, b cos + a sin). x (B, L, 2, H, D), rope (L, 1, 1, D) or
+    (B, 1, 1, 1, D)."""
     cos, sin = rope
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
@@ -257,7 +267,7 @@ def generate(model, prompts, empty, samples=1, guidance=1.0, temperature=1.0, ge
         for part in prompts.split(at_once):
             n = len(part) * samples
             noise = torch.rand(model.cfg.n_image, n, generator=generator, device=prompts.device)
-            if model.running == "graph" and batch:      # a shorter batch would be another graph
+            if "graph" in model.running and batch:      # a shorter batch would be another graph
                 missing = at_once - len(part)
                 part = torch.cat([part, part[-1:].expand(missing, -1)])
                 noise = F.pad(noise, (0, missing * samples))            # (N, at_once*G)
@@ -305,37 +315,19 @@ def draw(model, h, noise, guidance, temperature):
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
-@functools.cache
-def compiled(function):
-    """torch.compile, once for all models of one shape, batches and lengths of prompts."""
-    return torch.compile(function, fullgraph=True, dynamic=True)
-
-
-def compilable(function):
-    """A function whose first argument is a model, and which is compiled if the model says so. Its
-    tensors are copied then, because dynamo compiles again for views; lists (caches) are not."""
-    @functools.wraps(function)
-    def call(model, *args):
-        if model.running != "compile":
-            return function(model, *args)
-        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-        return compiled(function)(model, *copies)
-    return call
-
-
-@compilable
 def decode_step(model, caches, rope, token, slot, lengths, noise, keys, guidance, temperature):
     """Read the last token of each sequence and draw the next one. All tensors keep their shapes
-    from one token to the next, and `keys` grows in steps of KEYS, so that it compiles once, or is
-    captured as a few CUDA graphs.
+    from one token to the next, and `keys` grows in steps of KEYS, so that it is captured as a few
+    CUDA graphs.
 
     token (B,) goes into slot (rows,) of the caches; lengths (rows,) of the prompts; noise (B,);
     keys: K, how many slots are in sight -> tokens (B,), log-probs (B,)."""
     number = slot - lengths                             # the token's place in its image
     x = model.embed_images(token[:, None], number[:len(token), None])   # (B, 1, C)
     x = x.repeat(1 if guidance == 1 else 2, 1, 1)                       # (rows, 1, C)
-    seen = torch.arange(keys, device=slot.device) <= slot[:, None]      # (rows, K)
-    rope = [table[slot][:, None, None] for table in rope]               # (rows, 1, 1, D)
+    ahead = torch.arange(keys, device=slot.device) > slot[:, None]      # (rows, K)
+    seen = torch.zeros_like(ahead, dtype=caches[0].dtype).masked_fill(ahead, -torch.inf)
+    rope = [table[slot][:, None] for table in rope]                     # (rows, 1, 1, 1, D)
     h = model.hidden(x, rope, caches, slot, seen[:, None, None])
     return draw(model, h[:, 0], noise, guidance, temperature)
 
@@ -348,7 +340,7 @@ def decode(model, prompts, empty, samples, guidance, temperature, noise):
     rows = noise.shape[1] * (1 if guidance == 1 else 2)
     # One more than is ever in sight: for a slice of all slots dynamo would compile again.
     slots = round_up(t + n - 1, KEYS) + 1
-    if model.running == "graph":
+    if "graph" in model.running:
         from extras.cuda_graph import graphed_step
         step = graphed_step(model, rows, slots, guidance, temperature)
         model, caches, rope = step.model, step.caches, step.rope
@@ -385,7 +377,6 @@ def take(x, index):
     return x.flatten(0, 1).index_select(0, (first + index).flatten()).view(*index.shape, -1)
 
 
-@compilable
 def image_hidden(model, prompts, tokens):
     """The hidden state from which each image token is predicted. prompts (B, T), tokens (B, N) ->
     (B*N, C)."""
@@ -480,8 +471,9 @@ def run_settings(run, *stages):
 
 def how_to_run(compile, device):
     """--compile -> ImageModel.running."""
-    automatic = "graph" if device.type == "cuda" else "eager"
-    return {"auto": automatic, "off": "eager", "on": "compile"}[compile]
+    gpu = device.type == "cuda"
+    return {"auto": "graph" if gpu else "eager", "off": "eager",
+            "on": "compile, graph" if gpu else "compile"}[compile]
 
 
 def load_policy(run, policy, device, dtype=None, compile=None):

@@ -4,7 +4,7 @@ A graph replays its kernels on the addresses with which it was captured. So all 
 stays where it is from one rollout to the next: caches, inputs and weights. An optimizer's step and
 --resume change weights in place.
 
-Nobody has run this on a GPU yet. tests/test_model.py runs all but `capture` on a CPU.
+tests/test_cuda.py runs it on a GPU, tests/test_model.py all but `capture` on a CPU.
 """
 import torch
 from torch import nn
@@ -41,6 +41,7 @@ def sampling_copy(model):
         if model.bf16 and isinstance(module, nn.Linear) and not name.startswith("gen_head"):
             tensors[f"{name}.weight"] = tensors[f"{name}.weight"].bfloat16()
     copy.load_state_dict(tensors, assign=True)
+    copy.running = "compile" if "compile" in model.running else "eager"     # what is captured
     return copy.requires_grad_(False)
 
 

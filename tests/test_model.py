@@ -679,8 +679,8 @@ def test_compiled_once_for_all_steps_prompts_and_models(guidance, monkeypatch):
         counted.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(m, "compiled", cache(lambda function: torch.compile(
-        function, fullgraph=True, dynamic=True, backend=backend)))
+    monkeypatch.setattr(m, "compiled_layer", cache(lambda: torch.compile(
+        m.Layer.forward, fullgraph=True, dynamic=True, backend=backend)))
     policy, reference = sharp(CFG), sharp(CFG)
     for n_prompts, length in ((3, 5), (2, 4)):
         prompts = PADDED[:n_prompts, :length].clone()
