@@ -2,12 +2,14 @@
 
     python bench.py                                     # the size of preset tiny, 96 images
     python bench.py --geometry mid --images 12          # 8 layers of width 512, 256 tokens
-    python bench.py --geometry janus-1b --images 12 --json      # for a GPU; a last line of JSON
+    python bench.py --geometry janus-1b --images 14 --compile on --json     # for a GPU; ends on JSON
 
 Random weights; guidance 5 in the rows "guided", 1 in the others; medians of rounds in which all
 take turns. On CUDA our weights and head are fp32 and products bf16, all of the others' bf16. The
 second branch has PairWorld's empty prompt of two tokens, or as long as the prompt for the
-geometries of Janus and for the others. The columns:
+geometries of Janus and for the others. Scoring and update take at most 8,192 image tokens at once,
+ours and others' alike. "PPO step" is a guided rollout, scoring by the reference, and the update.
+The columns:
 
     ms, images/s, ms/step   ours; a step is one of the N tokens
     floor                   our time over the least possible: operations over the rate of a large
@@ -31,6 +33,7 @@ from pairworld import pairworld
 from train import PPO, Pretrain
 
 GUIDANCE = 5.0
+TOKENS_AT_ONCE = 8192       # of images in a forward and backward, so that they fit in memory
 # deepseek-ai/Janus-Pro-*, config.json: language_config
 JANUS = dict(text_vocab=102400, image_vocab=16384, n_text=16384, n_image=576, code_dim=8,
              image_positions=False)
@@ -98,12 +101,15 @@ def calls(model, peer, n, device):
     guided.load_state_dict(model.state_dict(), assign=True)
     guided.bf16, guided.running = model.bf16, model.running
 
+    parts = torch.arange(n, device=device).split(max(1, TOKENS_AT_ONCE // model.cfg.n_image))
+
     def ours(guidance, learn):
-        with torch.set_grad_enabled(learn):
-            logprobs, _ = score(model, ids, tokens, empty, guidance)
-        if learn:
-            logprobs.mean().backward()
-            model.zero_grad(set_to_none=True)
+        for rows in parts:
+            with torch.set_grad_enabled(learn):
+                logprobs, _ = score(model, ids[rows], tokens[rows], empty, guidance)
+            if learn:
+                logprobs.mean().backward()
+        model.zero_grad(set_to_none=True)
 
     found = {
         ("rollout", "ours"): lambda: generate(model, distinct, empty, samples),
@@ -119,11 +125,13 @@ def calls(model, peer, n, device):
     padded = peers.left_padded(ids, prompt_lengths(ids, model.cfg.pad))
 
     def theirs(learn):
-        with torch.set_grad_enabled(learn):
-            logprobs = peers.official_score(peer, *padded, tokens, GUIDANCE)
-        if learn:
-            logprobs.mean().backward()
-            peer.zero_grad(set_to_none=True)
+        for rows in parts:
+            with torch.set_grad_enabled(learn):
+                logprobs = peers.official_score(peer, *[x[rows] for x in padded], tokens[rows],
+                                                GUIDANCE)
+            if learn:
+                logprobs.mean().backward()
+        peer.zero_grad(set_to_none=True)
 
     found |= {
         ("rollout, guided", "transformers"):
@@ -181,6 +189,15 @@ def floors(model, ids, device):
     return found
 
 
+def add_ppo_step(floor, times):
+    """The row "PPO step": the sum of its guided rows, for all who have them."""
+    parts = "rollout, guided", "score, guided", "update, guided"
+    floor["PPO step"] = sum(floor[row] for row in parts)
+    for who in ("ours", "official"):
+        if all((row, who) in times for row in parts):
+            times["PPO step", who] = sum(times[row, who] for row in parts)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,6 +219,7 @@ def main(argv=None):
     n = len(ids)
     floor = floors(model, ids, device)
     times = medians(functions, device, args.rounds)
+    add_ppo_step(floor, times)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.geometry} on {device}, torch {torch.__version__}, {torch.get_num_threads()} "
           f"threads; {n} images of {cfg.n_image} tokens, {parameters:,} parameters, "
