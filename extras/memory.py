@@ -3,6 +3,7 @@
     python -m extras.memory                             # 1B and 7B as `--preset janus` runs them
     python -m extras.memory --microbatch 1              # PPO with other flags of train.py
     python -m extras.memory --compile off               # without the CUDA graph's own memory
+    python -m extras.memory --measure                   # beside it what a GPU says, of what fits it
 
 It takes a minute. No formula is behind the table: the functions that train.py calls run on fake
 tensors, which have shapes but no memory, and every tensor that is alive is counted. What a GPU adds
@@ -13,6 +14,7 @@ stands. A judge in the same memory is not counted either.
 import argparse
 import sys
 import weakref
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from unittest import mock
 
@@ -22,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import GEOMETRIES
-from common import UserError
+from common import UserError, pick_device
 from eval_paircomp import IMAGES_PER_PROMPT
 from model import ImageModel, generate, score
 from ppo import ppo_loss
@@ -66,7 +68,29 @@ class Alive(TorchDispatchMode):
     def phase(self, name):
         """End a phase: what came since the last one is called so."""
         self.phases[name] = max(self.peak, self.phases.get(name, 0))
+        self.rest()
+
+    def rest(self):
+        """Forget the peak so far."""
         self.peak = self.bytes
+
+
+class Measured:
+    """Says of a GPU what `Alive` says of fake tensors: its allocator's peaks."""
+
+    def __enter__(self):
+        self.phases = {}
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def phase(self, name):
+        self.phases[name] = max(torch.cuda.max_memory_allocated(), self.phases.get(name, 0))
+        self.rest()
+
+    def rest(self):
+        torch.cuda.reset_peak_memory_stats()
 
 
 class Enough(Exception):
@@ -92,12 +116,12 @@ def take_step(step, pool, stream):
 
 @torch.no_grad()
 def sample_start(model, prompts, samples):
-    """The prefill of the prompts (R, T) and the first steps of sampling, with guidance."""
+    """The prefill of the prompts (R, T) and the first steps of sampling, with guidance; all steps
+    on a GPU, whose graphs have modules of their own."""
     handle = model.gen_head.register_forward_pre_hook(stop_after(3))
-    try:
+    with suppress(Enough):
         generate(model, prompts, None, samples, GUIDANCE)
-    except Enough:
-        handle.remove()
+    handle.remove()
 
 
 def stored_policy(cfg, running):
@@ -126,8 +150,9 @@ def trained_policy(cfg, running):
     return model, optimizer
 
 
-def zero_ids(rows, length):
-    return torch.zeros(rows, length, dtype=torch.long)
+def some_ids(rows, length):
+    """No padding, which is 0: a prompt of nothing else would have no last token."""
+    return torch.ones(rows, length, dtype=torch.long)
 
 
 @torch.no_grad()
@@ -139,21 +164,21 @@ def encode_images(vq, n):
 
 @torch.no_grad()
 def decode_images(vq, model, alive, n):
-    vq.decode(zero_ids(min(vq_batch_size(vq.cfg), n), model.cfg.n_image))
+    vq.decode(some_ids(min(vq_batch_size(vq.cfg), n), model.cfg.n_image))
     alive.phase("decode images")
 
 
-def score_zeros(model, n, guidance):
+def score_some(model, n, guidance):
     """Log-probs (n, N) of n sequences."""
-    return score(model, zero_ids(n, PROMPT), zero_ids(n, model.cfg.n_image), None, guidance)[0]
+    return score(model, some_ids(n, PROMPT), some_ids(n, model.cfg.n_image), None, guidance)[0]
 
 
 def update(model, optimizer, alive, task, sequences):
     """Two backwards of so many sequences each, and an optimizer step."""
     guidance = GUIDANCE if task == "ppo" else 1.0
     for _ in range(2):  # the second finds the gradients of the first
-        logprobs = score_zeros(model, sequences, guidance)
-        old = torch.empty_like(logprobs)
+        logprobs = score_some(model, sequences, guidance)
+        old = torch.zeros_like(logprobs)
         if task == "ppo":
             loss, _ = ppo_loss(logprobs, old, old, old, 0.2, 0.01, NO_GROUND_TRUTH)
         else:
@@ -168,40 +193,44 @@ def update(model, optimizer, alive, task, sequences):
 
 def rollout(model, reference, vq, alive, prompts, images, tested, pairs):
     """What PPO does before its update; prompts, images, tested, pairs as in `trace`."""
-    sample_start(model, zero_ids(tested, PROMPT), IMAGES_PER_PROMPT)
+    sample_start(model, some_ids(tested, PROMPT), IMAGES_PER_PROMPT)
     alive.phase("test")
-    sample_start(model, zero_ids(prompts, PROMPT), images)
+    sample_start(model, some_ids(prompts, PROMPT), images)
     alive.phase("sample")
     decode_images(vq, model, alive, prompts * images)
     truth = 4 * pairs  # each image and its twin's replace a sample
     with torch.no_grad():
         encode_images(vq, 2 * pairs)
-        score_zeros(model, truth, GUIDANCE)
+        score_some(model, truth, GUIDANCE)
         alive.phase("score ground truth")
-        score_zeros(reference, 2 * pairs * images, GUIDANCE)
+        score_some(reference, 2 * pairs * images, GUIDANCE)
         alive.phase("score by the reference")
 
 
-def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1, graph=True):
+def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1, graph=True,
+          measure=False):
     """A task -> {phase: GiB alive at its peak}.
 
     task: "sampling" of a policy in bf16; "pretrain" or "ppo" as `--preset janus` has them, with
     fp32 master weights, bf16 compute and activations made again in the backward. sequences: of a
     backward; prompts: sampled at once; images: of a prompt; tested: prompts sampled at once in the
     tests of PPO; pairs: of its rollout, all with ground truth; graph: decoding is a CUDA graph,
-    which keeps its caches, and bf16 weights of its own, from one rollout to the next."""
+    which keeps its caches, and bf16 weights of its own, from one rollout to the next. measure: on a
+    GPU, with real tensors, by its allocator."""
     running = "graph" if graph else "eager"
-    with FakeTensorMode(), Alive() as alive, mock.patch("extras.cuda_graph.capture", take_step):
+    where = torch.device("cuda") if measure else FakeTensorMode()
+    capture = nullcontext() if measure else mock.patch("extras.cuda_graph.capture", take_step)
+    with where, capture, Measured() if measure else Alive() as alive:
         if task == "sampling":
             model = stored_policy(cfg, running)
         else:
             model, optimizer = trained_policy(cfg, running)
         reference = stored_policy(cfg, running) if task == "ppo" else None
         vq = VQModel(vq_cfg).requires_grad_(False)
-        alive.peak = alive.bytes
+        alive.rest()
         alive.phase("at rest")
         if task == "sampling":
-            sample_start(model, zero_ids(prompts, PROMPT), images)
+            sample_start(model, some_ids(prompts, PROMPT), images)
             alive.phase("sample")
             decode_images(vq, model, alive, prompts * images)
         elif task == "pretrain":
@@ -267,7 +296,10 @@ def main(argv=None):
         parser.add_argument("--" + name, type=int, default=preset[name], help=help_text)
     parser.add_argument("--compile", choices=["auto", "off"], default="auto",
                         help="of --stage ppo (auto: a CUDA graph)")
+    parser.add_argument("--measure", action="store_true", help="measure on a GPU, too")
     args = parser.parse_args(argv)
+    if args.measure:
+        pick_device("cuda")
     if min(args.pairs, args.samples, args.microbatch) < 1:
         raise UserError("--pairs, --samples and --microbatch: should be positive")
     print("| Janus-Pro | task | GiB | fits | the most is alive in |\n|---|---|---|---|---|")
@@ -279,7 +311,15 @@ def main(argv=None):
             total = phases[most] + SPARE
             fits = ", ".join(str(gpu) for gpu in GPUS if total <= gpu) or "none"
             rest = phases["at rest"]
-            print(f"| {size} | {name} | {total:.1f} | {fits} GB | {most}; at rest {rest:.1f} |")
+            print(f"| {size} | {name} | {total:.1f} | {fits} GB | {most}; at rest {rest:.1f} |",
+                  flush=True)
+            if args.measure and total <= torch.cuda.mem_get_info()[1] / 2**30:
+                measured = trace(cfg, VQConfig.janus(), graph=graph, measure=True, **settings)
+                shown = ", ".join(f"{phase} {phases[phase]:.2f} / {gib:.2f}"
+                                  for phase, gib in measured.items())
+                print(f"counted / measured alive: {shown}; reserved "
+                      f"{torch.cuda.max_memory_reserved() / 2**30:.2f}", flush=True)
+                torch.cuda.empty_cache()
     print(f"\nAlive tensors, counted on fake ones, and {SPARE} GiB for what a GPU adds; not "
           "measured on a GPU. A judge in the same memory is not in it.\n")
     print("Disk of a run folder of PPO, in GB (10^9 bytes):")
