@@ -2,7 +2,7 @@
 
     python bench.py                                     # the size of preset tiny, 96 images
     python bench.py --geometry mid --images 12          # 8 layers of width 512, 256 tokens
-    python bench.py --geometry janus-1b --images 14 --compile on --json     # for a GPU; ends on JSON
+    python bench.py --geometry janus-1b --images 14 --compile on --json     # for a GPU; JSON, too
 
 Random weights; guidance 5 in the rows "guided", 1 in the others; medians of rounds in which all
 take turns. On CUDA our weights and head are fp32 and products bf16, all of the others' bf16. The

@@ -317,11 +317,11 @@ def main(argv=None):
                 measured = trace(cfg, VQConfig.janus(), graph=graph, measure=True, **settings)
                 shown = ", ".join(f"{phase} {phases[phase]:.2f} / {gib:.2f}"
                                   for phase, gib in measured.items())
-                print(f"counted / measured alive: {shown}; reserved "
-                      f"{torch.cuda.max_memory_reserved() / 2**30:.2f}", flush=True)
+                reserved = torch.cuda.max_memory_reserved() / 2**30
+                print(f"counted / measured: {shown}; reserved {reserved:.2f}", flush=True)
                 torch.cuda.empty_cache()
-    print(f"\nAlive tensors, counted on fake ones, and {SPARE} GiB for what a GPU adds; not "
-          "measured on a GPU. A judge in the same memory is not in it.\n")
+    print(f"\nAlive tensors, counted on fake ones, and {SPARE} GiB for what a GPU adds. A judge in "
+          "the same memory is not in it.\n")
     print("Disk of a run folder of PPO, in GB (10^9 bytes):")
     for size, cfg in JANUS.items():
         state, end, most = disk(cfg, VQConfig.janus())

@@ -1,4 +1,4 @@
-"""What only a GPU can show: it computes what a CPU does, a decoding step as a CUDA graph is the same
+"""What only a GPU can show: it computes what a CPU does, a CUDA graph of a decoding step is the
 step, and which kernels run. Skipped without one."""
 
 import pytest
