@@ -112,7 +112,7 @@ class Pretrain(Common):
 
 @dataclass
 class Reward(Common):
-    steps: int = flag(1500, "optimizer steps", least=1)
+    steps: int = flag(2000, "optimizer steps", least=1)
     batch: int = flag(32, "pairs a step; each makes two yes and two no", least=1)
     lr: float = flag(7e-4, "peak learning rate of AdamW", least=0)
     muon_lr: float = flag(0.005, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
@@ -172,7 +172,7 @@ STAGES = {"tokenizer": Tokenizer, "pretrain": Pretrain, "reward": Reward, "ppo":
 NEEDS = {"tokenizer": [], "pretrain": ["tokenizer"], "reward": ["tokenizer"],
          "ppo": ["tokenizer", "pretrain", "reward"]}
 SMALL = ("tiny", "smoke")               # presets whose stages can be trained from nothing
-MINUTES = {"tokenizer": 0.5, "pretrain": 2.5, "reward": 2, "ppo": 2}     # tiny, two CPU cores
+MINUTES = {"tokenizer": 0.5, "pretrain": 2.5, "reward": 2.5, "ppo": 2}   # tiny, two CPU cores
 PRESETS = {
     "tiny": {stage: {} for stage in STAGES},
     "smoke": {
