@@ -1,6 +1,7 @@
 """Does looking at pairs help? Arms of PPO, run and compared; docs/ablation.md has the results.
 
-    python -m extras.ablation group-0 pair-0 group-1    # ARM-SEED ..., from --base runs/tiny
+    python -m extras.ablation group-0 pair-0            # ARM-SEED ..., from --base runs/tiny
+    python -m extras.ablation group-0 group-1 --base "runs/seed{seed}"      # a base of each seed
     python -m extras.ablation group-7 --preset smoke --base runs/smoke --results runs/results
     python -m extras.ablation --compare runs/ablation/pair-? --baseline runs/ablation/group-?
     python -m extras.ablation --difference runs/tiny    # how well D_t finds the true difference
@@ -72,11 +73,6 @@ def shuffled(policy, prompt_ids, twin_ids, tokens, **sampling):
     """The values of `spread`, each image's in a random order: a control."""
     d_t = spread(policy, prompt_ids, twin_ids, tokens, **sampling)
     return d_t.gather(1, random_like(tokens).argsort(1))
-
-
-def random_tokens(policy, prompt_ids, twin_ids, tokens, **sampling):
-    """1 on a random 30 % of the tokens, 0 elsewhere: a control."""
-    return (random_like(tokens) < 0.3).float()
 
 
 def random_like(tokens):
@@ -218,38 +214,28 @@ def choice_reward(own, twin, floor=1e-3):
     return (own + floor) / (own + twin + 2 * floor)
 
 
-def choice_from_oracle(strength, cfg):
-    return Choice(oracle_mask(cfg), strength, cfg)
-
-
 # --------------------------------------------------------------------------------------------------
 # Arms
 
 GROUP = {"advantage": "group"}
 PAIR = {"advantage": "pair"}
-NONE, HALF, FULL = {"difference": 0.0}, {"difference": 0.5}, {"difference": 1.0}
+HALF, FULL = {"difference": 0.5}, {"difference": 1.0}
 ARMS = {  # name: (settings of PPO, objective as a function of the settings, None is ppo.py)
     "group": (GROUP, None),
     "pair": (PAIR, None),
     # The official schedule 50, 450, 1200 of 1600 rollouts, for 80.
     "truth": (PAIR | {"ground_truth": [3, 22, 60]}, None),
     "truth-tamed": (PAIR | {"ground_truth": [16, 32, 60]}, TamedTruth),
-    "spread": (PAIR | HALF, partial(weights_from, spread)),
-    "mask": (PAIR | HALF, weights_from_oracle),
-    "group-spread": (GROUP | HALF, partial(weights_from, spread)),
-    "group-mask": (GROUP | HALF, weights_from_oracle),
-    "group-shuffled": (GROUP | HALF, partial(weights_from, shuffled)),
-    "group-random": (GROUP | HALF, partial(weights_from, random_tokens)),
-    "choice-spread": (GROUP | FULL | {"reward": "own"}, partial(Choice, spread, 0.5)),
+    "tuned": (PAIR, None),              # its base was fine-tuned on the pairs' images: --base
+    "margin": (GROUP | {"reward": "margin"}, None),
+    "weights": (GROUP | HALF, None),
+    "spread": (GROUP | HALF, partial(weights_from, spread)),
+    "shuffled": (GROUP | HALF, partial(weights_from, shuffled)),
+    "mask": (GROUP | HALF, weights_from_oracle),
     "factored": (GROUP | FULL | {"reward": "shared"}, partial(Choice, spread, 0.3)),
-    "factored-more": (GROUP | FULL | {"reward": "shared"}, partial(Choice, spread, 0.6)),
-    "factored-mask": (GROUP | FULL | {"reward": "shared"}, partial(choice_from_oracle, 0.3)),
-    "factored-all": (GROUP | NONE | {"reward": "shared"}, partial(Choice, spread, 1.0)),
 }
-# Arms whose results are kept and whose code is not: where it is, and the flags of train.py there.
-RETIRED = {"group-mine": ("95ba9cb", "--advantage group --mine 4")}
-# Settings of all arms, unless --preset or a flag says otherwise.
-RECIPE = {"pairs": 8, "samples": 6, "steps": 80, "eval_every": 20, "eval_pairs": 60}
+# Settings of all arms, unless --preset or a flag says otherwise; the others are the default's.
+RECIPE = {"eval_pairs": 60}
 
 # --------------------------------------------------------------------------------------------------
 # Running
@@ -262,10 +248,6 @@ def settings_of(run, preset, flags):
     """ARM-SEED and further flags of train.py -> (settings of PPO, function that makes the objective
     of them)."""
     arm, _, seed = run.rpartition("-")
-    if arm in RETIRED:
-        commit, old_flags = RETIRED[arm]
-        raise UserError(f"{run}: the code of arm {arm} is gone; run it with commit {commit}, "
-                        f"train.py --stage ppo {old_flags}")
     if arm not in ARMS or not seed.isdigit():
         raise UserError(f"{run}: should be ARM-SEED, ARM one of {', '.join(ARMS)}")
     overrides, objective = ARMS[arm]
@@ -278,8 +260,6 @@ def settings_of(run, preset, flags):
         for setting, value in RECIPE.items():
             argv += [f"--{setting.replace('_', '-')}", str(value)]
     _, _, cfg, _ = train.parse([*argv, *flags, "--seed", seed, "--out", str(RUNS / run)])
-    if cfg.data and not cfg.test:
-        raise UserError("--data: an arm is compared by its tests; give --test PairComp.json too")
     cfg = replace(cfg, **overrides)
     train.check(replace(cfg, reward="own"))     # an objective has rewards of its own
     return cfg, objective or (lambda cfg: ppo)
@@ -296,7 +276,8 @@ def run_arm(run, base, preset, results, flags):
         cfg = name_judges(cfg)
     out = Path(cfg.out)
     commit = current_commit()
-    copy_base(Path(base), out, judges=not cfg.judge)
+    base = Path(base.replace("{seed}", str(cfg.seed)))
+    copy_base(base, out, judges=not cfg.judge)
     if (out / "ppo.state").exists() or not (out / "ppo.safetensors").exists():
         print(f"{run}: {cfg}")
         train.begin_folder(cfg, preset)
@@ -306,7 +287,7 @@ def run_arm(run, base, preset, results, flags):
     if result["config"] != asdict(cfg):
         raise UserError(f"{out}: was trained with other settings; remove it to run {run} again")
     device = pick_device(cfg.device)
-    if not cfg.test:
+    if not (cfg.test or cfg.data):      # the true difference is known of PairWorld alone
         for policy, found in difference_of_run(out, device).items():
             result[policy] |= found
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -553,32 +534,6 @@ def compare(arm, baseline):
     return table, seeds
 
 
-def worst_dip(arm, after=20):
-    """The lowest held-out s_g of any seed's quick tests from rollout `after` on, relative to its
-    base's: 0.9 is 10 % below. For runs with a held-out judge."""
-    dips = []
-    for result in arm.values():
-        curve = result["curve"]
-        later = [entry["heldout"]["s_g"] for entry in curve if entry["step"] >= after]
-        dips.append(min(later, default=np.nan) / curve[0]["heldout"]["s_g"])
-    return min(dips)
-
-
-def truth_report(arm):
-    """What sequences of each origin add to the gradient and their mean k3, averaged over the tests
-    of an arm that saw ground truth: lines of text, none for an arm without any."""
-    lines = []
-    for key, what in (("grad_norm_of", "gradient norm"), ("kl_of", "k3, nats a token")):
-        seen = [entry[key] for r in arm.values() for entry in r["curve"] if key in entry]
-        if seen:
-            values = []
-            for name in dict.fromkeys(name for entry in seen for name in entry):
-                mean = np.mean([entry[name] for entry in seen if name in entry])
-                values.append(f"{name} {mean:.3f}")
-            lines.append(f"{what} of {len(seen)} rollouts: {', '.join(values)}")
-    return lines
-
-
 def difference_report(arm):
     """How well D_t finds the true difference and where PPO changed the policy, averaged over the
     arm's seeds: lines of text."""
@@ -603,21 +558,21 @@ METRICS = ["heldout s_g", "heldout s_a", "heldout gap", "train s_g", "oracle s_g
 
 
 def markdown(arms, baseline_name, baseline):
-    """The table of every arm against the baseline, x100, with the intervals of the differences. It
-    has the metrics that all runs have; a line under it says which runs lack what."""
-    arms = {baseline_name: baseline, **arms}
-    missing = missing_parts(arms)
+    """The table of the base model and of every arm against the baseline, x100, with the intervals
+    of the differences. It has the metrics that all runs have; a line under it says which runs lack
+    what."""
+    missing = missing_parts({baseline_name: baseline, **arms})
+    before = {seed: result | {"ppo": result["base"]} for seed, result in baseline.items()}
+    arms = {baseline_name: baseline, "base": before, **arms}
     tables = {name: compare(arm, baseline) for name, arm in arms.items()}
     metrics = [m for m in METRICS if all(m in table for table, _ in tables.values())]
-    rows = [["arm", "seeds", *metrics, *["worst dip"] * ("heldout" not in missing)]]
+    rows = [["arm", "seeds", *metrics]]
     for name, (table, seeds) in tables.items():
         row = [name, str(len(seeds))]
         for metric in metrics:
             mean, _, difference, low, high = (100 * value for value in table[metric])
             interval = f" ({difference:+.1f} [{low:+.1f}, {high:+.1f}])"
             row.append(f"{mean:.1f}" + ("" if name == baseline_name else interval))
-        if "heldout" not in missing:
-            row.append(f"{100 * (worst_dip(arms[name]) - 1):+.0f} %")
         rows.append(row)
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
@@ -638,7 +593,7 @@ def run_compare(paths, baseline_paths, out):
     arms.pop(name, None)
     print(markdown(arms, name, runs))
     for arm, results in {name: runs, **arms}.items():
-        print(f"\n{arm}", *truth_report(results), *difference_report(results), sep="\n  ")
+        print(f"\n{arm}", *difference_report(results), sep="\n  ")
     if out:
         draw_comparison({name: runs, **arms}, out)
         print(f"image: {out}")
@@ -697,7 +652,8 @@ def main(argv=None):
                           usage="%(prog)s ARM-SEED ... | --compare RUN ... | --difference RUN",
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", metavar="RUN", default="runs/tiny",
-                        help="whose tokenizer, base model and judges are used (%(default)s)")
+                        help="whose tokenizer, base model and judges are used; {seed} in it is the "
+                        "run's (%(default)s)")
     parser.add_argument("--preset", choices=list(train.PRESETS), default="tiny",
                         help="with tiny the recipe of docs/ablation.md (%(default)s)")
     parser.add_argument("--results", metavar="DIR", default="docs/ablation",
