@@ -55,10 +55,10 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
         self.o_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def forward(self, x, rope, cache=None, slot=None, seen=None):
+    def forward(self, x, rope, cache=None, slot=None, mask=None):
         """x (B, L, C): whole sequences, whose keys and values go into the cache (2, B, H, S, D) if
         there is one. Or L = 1, a decoding step: the token goes into slot (B,) of the cache, and
-        looks at the cache's first K slots where seen (B, 1, 1, K) is 0 and not -inf."""
+        looks at the cache's first K slots where the mask (B, 1, 1, K) is 0, elsewhere -inf."""
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.n_head, -1))      # (B, L, 3, H, D)
         q, k = rotate(qkv[:, :, :2], rope).unbind(2)                    # (B, L, H, D) each
         q, k, v = (y.transpose(1, 2) for y in (q, k, qkv[:, :, 2]))     # (B, H, L, D) each
@@ -69,19 +69,19 @@ class Attention(nn.Module):
         else:
             row = torch.arange(len(x), device=x.device)
             cache[:, row, :, slot] = torch.stack([k, v], 1)[:, :, :, 0] # (B, 2, H, D)
-            k, v = cache[:, :, :, :seen.shape[-1]]                      # (B, H, K, D) each
-            out = attend(q, k, v, seen)
+            k, v = cache[:, :, :, :mask.shape[-1]]                      # (B, H, K, D) each
+            out = attend(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))              # (B, L, C)
 
 
-def attend(q, k, v, seen):
-    """Attention of single queries (B, H, 1, D) to keys and values (B, H, K, D); seen is added to
+def attend(q, k, v, mask):
+    """Attention of single queries (B, H, 1, D) to keys and values (B, H, K, D); mask is added to
     the scores. In fp32 by its formula: for one query SDPA's kernel takes 1.7 times as long on a
     CPU. In bf16 by SDPA, which keeps the scores in fp32."""
     if q.dtype != torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT                           # (B, H, 1, K)
-    return (scores + seen).softmax(-1) @ v
+    return (scores + mask).softmax(-1) @ v
 
 
 class MLP(nn.Module):
@@ -105,8 +105,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.n_embd, cfg.rms_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, cache=None, slot=None, seen=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, slot, seen)
+    def forward(self, x, rope, cache=None, slot=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, slot, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -165,9 +165,9 @@ class ImageModel(nn.Module):
         x = self.gen_aligner(self.gen_embed(ids)).float()
         return x + self.gen_positions(number) if self.cfg.image_positions else x
 
-    def hidden(self, x, rope, caches=None, slot=None, seen=None):
+    def hidden(self, x, rope, caches=None, slot=None, mask=None):
         """Embeddings (B, L, C), rope of their positions -> normed hidden states (B, L, C). caches
-        (one a layer), slot and seen as in `Attention`."""
+        (one a layer), slot and mask as in `Attention`."""
         # Prompts are read once a rollout, which is not worth a compilation.
         compiled = "compile" in self.running and (caches is None or slot is not None)
         forward = compiled_layer() if compiled else Layer.forward
@@ -176,7 +176,7 @@ class ImageModel(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(forward, layer, x, rope, use_reentrant=False)
             else:
-                x = forward(layer, x, rope, caches[i] if caches else None, slot, seen)
+                x = forward(layer, x, rope, caches[i] if caches else None, slot, mask)
         return self.norm(x)
 
     def logits(self, h):
@@ -326,9 +326,9 @@ def decode_step(model, caches, rope, token, slot, lengths, noise, keys, guidance
     x = model.embed_images(token[:, None], number[:len(token), None])   # (B, 1, C)
     x = x.repeat(1 if guidance == 1 else 2, 1, 1)                       # (rows, 1, C)
     ahead = torch.arange(keys, device=slot.device) > slot[:, None]      # (rows, K)
-    seen = torch.zeros_like(ahead, dtype=caches[0].dtype).masked_fill(ahead, -torch.inf)
+    mask = torch.zeros_like(ahead, dtype=caches[0].dtype).masked_fill(ahead, -torch.inf)
     rope = [table[slot][:, None] for table in rope]                     # (rows, 1, 1, 1, D)
-    h = model.hidden(x, rope, caches, slot, seen[:, None, None])
+    h = model.hidden(x, rope, caches, slot, mask[:, None, None])
     return draw(model, h[:, 0], noise, guidance, temperature)
 
 
