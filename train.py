@@ -526,7 +526,7 @@ def train_ppo(cfg, loop, algo=ppo):
 class BestState:
     """The rule that keeps PPO safe on any data. Every `eval_every` rollouts the policy is tested on
     validation pairs, and the best state so far is kept. If the policy has become worse than that,
-    by more than two standard errors of the pairs' differences, it goes back to the best state and
+    by more than three standard errors of the pairs' differences, it goes back to the best state and
     the learning rate is halved. At the end the best state meets the base model, each at its own
     best (w, tau). Unless it is better by more than one standard error, the base model stays."""
 
@@ -552,7 +552,7 @@ class BestState:
             self.rollouts.fill_(step)
             for name, x in self.policy.state_dict().items():
                 self.weights[name].copy_(x)
-        elif gain < -2 * error:
+        elif gain < -3 * error:
             self.policy.load_state_dict(self.weights)
             self.optimizer.state.clear()
             self.lr_share *= 0.5

@@ -278,6 +278,17 @@ def test_a_policy_that_became_worse_goes_back_and_slows_down(capsys):
     assert says + "0.6; learning rate halved 1 times" in capsys.readouterr().out
 
 
+def test_a_dip_that_is_noise_slows_nothing_down():
+    """The best of several noisy tests looks better than it is, and later ones fall short of it. At
+    two standard errors the default run went back at rollout 60, at half the rate, and ended with
+    its state of rollout 30; with its rate kept it recovered at rollout 70 and ended better."""
+    policy = torch.nn.Linear(1, 1, bias=False)
+    scattered = np.array([0.2, -0.2] * 4)               # standard error of the mean: 0.0756
+    tests = [np.full(8, 0.5), 0.5 - 2.5 * 0.0756 + scattered, 0.5 - 3.5 * 0.0756 + scattered]
+    best = best_state(policy, torch.optim.AdamW(policy.parameters()), tests)
+    assert [best.test(step)["lr_share"] for step in (0, 10, 20)] == [1, 1, 0.5]
+
+
 def test_a_run_that_did_not_improve_ends_with_its_base_and_says_so(capsys):
     """On emoji the best of six tests was kept, better by 0.3 points: noise. And it was the better
     one at PPO's own (w, tau) alone: the base model at its best had 10 points more pair accuracy."""
