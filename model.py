@@ -362,7 +362,8 @@ def round_up(n, unit):
 
 def new_caches(model, rows, slots):
     """For each layer keys and values (2, rows, H, S, D), in the dtype that attention computes in.
-    A decoding step multiplies the values of unused slots by 0, so they must be finite."""
+    A decoding step adds -inf to the scores of unused slots and multiplies their values by 0, so
+    keys and values there must be finite."""
     weight = model.layers[0].self_attn.qkv_proj.weight
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
