@@ -33,7 +33,7 @@ from pairworld import pairworld
 from train import PPO, Pretrain
 
 GUIDANCE = 5.0
-TOKENS_AT_ONCE = 8192       # of images in a forward and backward, so that they fit in memory
+TOKENS_AT_ONCE = 8192       # of images that are scored, so that they fit in memory
 # deepseek-ai/Janus-Pro-*, config.json: language_config
 JANUS = dict(text_vocab=102400, image_vocab=16384, n_text=16384, n_image=576, code_dim=8,
              image_positions=False)
@@ -103,13 +103,16 @@ def calls(model, peer, n, device):
 
     parts = torch.arange(n, device=device).split(max(1, TOKENS_AT_ONCE // model.cfg.n_image))
 
-    def ours(guidance, learn):
+    def scored(net, logprobs_of, learn):
         for rows in parts:
             with torch.set_grad_enabled(learn):
-                logprobs, _ = score(model, ids[rows], tokens[rows], empty, guidance)
+                logprobs = logprobs_of(rows)
             if learn:
                 logprobs.mean().backward()
-        model.zero_grad(set_to_none=True)
+        net.zero_grad(set_to_none=True)
+
+    def ours(guidance, learn):
+        scored(model, lambda rows: score(model, ids[rows], tokens[rows], empty, guidance)[0], learn)
 
     found = {
         ("rollout", "ours"): lambda: generate(model, distinct, empty, samples),
@@ -125,13 +128,8 @@ def calls(model, peer, n, device):
     padded = peers.left_padded(ids, prompt_lengths(ids, model.cfg.pad))
 
     def theirs(learn):
-        for rows in parts:
-            with torch.set_grad_enabled(learn):
-                logprobs = peers.official_score(peer, *[x[rows] for x in padded], tokens[rows],
-                                                GUIDANCE)
-            if learn:
-                logprobs.mean().backward()
-        peer.zero_grad(set_to_none=True)
+        scored(peer, lambda rows: peers.official_score(peer, *[x[rows] for x in padded],
+                                                       tokens[rows], GUIDANCE), learn)
 
     found |= {
         ("rollout, guided", "transformers"):

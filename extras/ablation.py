@@ -1,4 +1,4 @@
-"""Does looking at pairs help? Arms of PPO, run and compared; docs/ablation.md has the results.
+"""Does looking at pairs help? Arms of PPO, run and compared; docs/ablation.md has the plan.
 
     python -m extras.ablation group-0 pair-0            # ARM-SEED ..., from --base runs/tiny
     python -m extras.ablation group-0 group-1 --base "runs/seed{seed}"      # a base of each seed
@@ -461,7 +461,8 @@ def pair_metrics(report):
 
 def missing_parts(arms):
     """{arm: {seed: result}} -> {judge or "pair_accuracy": the runs without it}. A run with --judge
-    alone has no held-out judge; one with --test has neither oracle nor pair accuracy."""
+    alone has no held-out judge, one with --test neither oracle nor pair accuracy, one with --data
+    no oracle that is a judge."""
     missing = {}
     for arm, results in arms.items():
         for seed, result in results.items():

@@ -1,4 +1,4 @@
-"""How much GPU memory and disk Janus-Pro needs, counted without a GPU and without weights.
+"""How much GPU memory and disk Janus-Pro needs, counted without weights, and without a GPU.
 
     python -m extras.memory                             # 1B and 7B as `--preset janus` runs them
     python -m extras.memory --microbatch 1              # PPO with other flags of train.py
@@ -117,7 +117,7 @@ def take_step(step, pool, stream):
 @torch.no_grad()
 def sample_start(model, prompts, samples):
     """The prefill of the prompts (R, T) and the first steps of sampling, with guidance; all steps
-    on a GPU, whose graphs have modules of their own."""
+    where a real graph is captured, which calls a head of its own."""
     handle = model.gen_head.register_forward_pre_hook(stop_after(3))
     with suppress(Enough):
         generate(model, prompts, None, samples, GUIDANCE)

@@ -680,11 +680,11 @@ def report(scores, categories):
     return {**of_judges, "pair_accuracy": accuracy, "pairs": pairs}
 
 
-def result(seed, scores, categories=EACH, tests=(0.5, 0.6, 0.7)):
+def result(seed, scores, categories=EACH):
     """A result: a run of a seed with the scores at its end, and its quick tests at rollouts 0, 20,
     40, ..."""
     curve = [{"step": 20 * i, **{judge: {"s_a": s, "s_g": s} for judge in JUDGES},
-              "pair_accuracy": s} for i, s in enumerate(tests)]
+              "pair_accuracy": s} for i, s in enumerate((0.5, 0.6, 0.7))]
     auc = {"divergence_auc": {"average": 0.6}}
     change = {"change": {"inside": {"average": 0.03}, "outside": {"average": 0.01}}}
     base = report(np.full_like(scores, 0.25), categories) | auc

@@ -5,22 +5,15 @@ import pytest
 import torch
 
 import model as m
+from test_model import EMPTY, GUIDANCE, seeded, sharp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CFG = m.ModelConfig(text_vocab=60, image_vocab=300, n_text=40, n_image=48, n_layer=3, n_head=2,
                     n_embd=256, n_ffn=512, code_dim=8)
-GUIDANCE = pytest.mark.parametrize("guidance", [1.0, 3.0])
-EMPTY = torch.tensor([[1, 2]])
 
 
 def sharp_model(**how):
-    """A random model whose tokens and prompts matter."""
-    torch.manual_seed(0)
-    model = m.ImageModel(CFG).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1:
-                p.mul_(10.0 if "o_proj" in name or "down_proj" in name else 2.0)
+    model = sharp(CFG, carried=10.0, head=1.0)
     for name, value in how.items():
         setattr(model, name, value)
     return model
@@ -30,8 +23,7 @@ def prompts(*lengths):
     """One prompt of each length, padded at the end."""
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     for row, length in zip(ids, lengths):
-        generator = torch.Generator().manual_seed(length)
-        row[:length] = torch.randint(3, 60, (length,), generator=generator)
+        row[:length] = torch.randint(3, 60, (length,), generator=seeded(length))
     return ids
 
 
@@ -42,7 +34,7 @@ def decoded(model, ids, guidance, noise, device):
 
 
 def noise_for(ids):
-    return torch.rand(CFG.n_image, 2 * len(ids), generator=torch.Generator().manual_seed(7))
+    return torch.rand(CFG.n_image, 2 * len(ids), generator=seeded(7))
 
 
 @GUIDANCE
@@ -60,7 +52,7 @@ def test_a_graph_in_fp32_draws_what_a_cpu_draws(guidance):
 @GUIDANCE
 def test_scores_and_gradients_of_gpu_and_cpu_agree(guidance):
     ids = prompts(5, 12, 31)
-    tokens = torch.randint(300, (3, CFG.n_image), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(300, (3, CFG.n_image), generator=seeded(1))
     found = []
     for device in ("cpu", "cuda"):
         model = sharp_model().to(device)

@@ -44,7 +44,7 @@ def net(request):
     return sharp(replace(CFG, image_positions=request.param))
 
 
-def sharp(cfg):
+def sharp(cfg, carried=15.0, head=3.0):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = m.ImageModel(cfg).eval()
@@ -52,8 +52,8 @@ def sharp(cfg):
         for name, p in net.named_parameters():
             if p.dim() > 1:
                 # o_proj and down_proj start tiny, and carry the prompt
-                p.mul_(15.0 if "o_proj" in name or "down_proj" in name else 2.0)
-        net.gen_head[2].weight.mul_(3.0)
+                p.mul_(carried if "o_proj" in name or "down_proj" in name else 2.0)
+        net.gen_head[2].weight.mul_(head)
     return net
 
 
