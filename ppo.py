@@ -1,4 +1,4 @@
-"""The objective of FocusDiff (arXiv 2506.05501), Pair-GRPO, as pure functions of tensors.
+"""The objective of FocusDiff (arXiv 2506.05501), Pair-GRPO, as pure functions.
 
 A *rollout* is a batch of sampled images. A *policy gradient* makes tokens of well-rewarded images
 more likely: grad log pi(o_t) times the image's *advantage*, its reward compared with the others'.
@@ -10,13 +10,28 @@ docs/plain_words.md has all this in plain words, with a worked example.
 Shapes: P pairs, 2 prompts, G samples a prompt, B = P*2*G sequences in the flat order (pair, prompt,
 sample), N image tokens.
 """
+import numpy as np
 import torch
 
 from model import prompt_divergence     # noqa: F401  part of the objective, for forks to replace
 
+PROMPTS_SHARE = 0.25    # share of a rollout's pairs that are unpaired prompts, with --prompts
 STD_FLOOR = 0.05        # added to a pool's standard deviation: noise of a flat pool stays small
 WEIGHT_CAP = 5.0        # largest difference-aware weight
 POOLS = {"pair": (1, 2), "group": (2,)}     # --advantage: dimensions of (P, 2, G) in one pool
+
+
+def draw_pairs(rng, pairs, unpaired, n):
+    """n random pairs: their indices (n,), their prompts, and which of them have images (n,). Some
+    are replaced by an unpaired prompt, which is a pair with itself."""
+    chosen = rng.integers(len(pairs), size=n)
+    prompts = [pairs.prompts[i] for i in chosen]
+    has_images = pairs.has_images()[chosen]
+    if unpaired is not None:
+        for p in np.flatnonzero(rng.random(n) < PROMPTS_SHARE):
+            prompts[p] = unpaired.prompts[rng.integers(len(unpaired))]
+            has_images[p] = False
+    return chosen, prompts, has_images
 
 
 def ground_truth_probability(step, full_until, low_at, zero_at, low=0.25):

@@ -202,13 +202,16 @@ def load_judges(run, device):
 def most_alike(prompts):
     """P pairs of prompts -> for each pair that other one which shares most words with it (P,). One
     whose prompts say all that a prompt of the pair says is left out: its image may be right."""
-    words = [[set(prompt.split()) for prompt in pair] for pair in prompts]
-    shared = np.zeros((len(words), len(words)))
-    for i, j in np.ndindex(shared.shape):
-        may_be_right = any(own <= other for own in words[i] for other in words[j])
-        shared[i, j] = -1 if may_be_right else len(set.union(*words[i]) & set.union(*words[j]))
-    np.fill_diagonal(shared, -0.5)      # if all others are left out, the pair itself
-    return torch.from_numpy(shared.argmax(1))
+    words = [set(prompt.split()) for pair in prompts for prompt in pair]
+    column = {word: n for n, word in enumerate(set.union(*words))}
+    has = torch.zeros(len(words), len(column))                          # (2P, W) 1: has this word
+    for row, own in zip(has, words):
+        row[[column[word] for word in own]] = 1
+    says_all = has @ has.T == has.sum(1, keepdim=True)                  # (2P, 2P) row's by column
+    may_be_right = rearrange(says_all, "(p i) (q j) -> p q (i j)", i=2, j=2).any(-1)
+    of_pair = rearrange(has, "(p i) w -> p i w", i=2).amax(1)           # (P, W)
+    shared = torch.where(may_be_right, -1.0, of_pair @ of_pair.T)       # (P, P)
+    return shared.fill_diagonal_(-0.5).argmax(1)    # if all others are left out, the pair itself
 
 
 def splice(images, renderings, strangers, rng):

@@ -44,8 +44,6 @@ from reward import load_judges, most_alike, save_judges, splice, submit
 from tokenizer import VQConfig, VQModel, code_statistics, decode_ids, encode_images, from_pixels
 from tokenizer import kmeans_codes, update_codebook, vq_loss
 
-PROMPTS_SHARE = 0.25        # share of a rollout's pairs that are unpaired prompts, with --prompts
-
 
 # --------------------------------------------------------------------------------------------------
 # Settings: a dataclass a stage, whose fields are its flags. A name without a type is a constant.
@@ -456,7 +454,7 @@ def train_ppo(cfg, loop, algo=ppo):
 
         with torch.no_grad():
             # 1. Rollout: G images for each of 2P prompts. Rows are (pair, prompt, sample)
-            chosen, drawn, has_images = draw_pairs(rng, pairs, unpaired, P)
+            chosen, drawn, has_images = algo.draw_pairs(rng, pairs, unpaired, P)
             prompts = [prompt for pair in drawn for prompt in pair]                     # 2P
             prompt_ids = policy.prompt_ids(prompts).repeat_interleave(G, 0)             # (B, T)
             tokens, old_logprobs = generate(policy, prompt_ids[::G], samples=G,         # (B, N)
@@ -597,19 +595,6 @@ def check_ppo_prompts(cfg, policy, sets):
             policy.prompt_ids(pairs.flat_prompts())
             if not cfg.judge:
                 TextTokens().encode_prompts(pairs.flat_prompts(), JudgeConfig.n_text)
-
-
-def draw_pairs(rng, pairs, unpaired, n):
-    """n random pairs: their indices (n,), their prompts, and which of them have images (n,). Some
-    are replaced by an unpaired prompt, which is a pair with itself."""
-    chosen = rng.integers(len(pairs), size=n)
-    prompts = [pairs.prompts[i] for i in chosen]
-    has_images = pairs.has_images()[chosen]
-    if unpaired is not None:
-        for p in np.flatnonzero(rng.random(n) < PROMPTS_SHARE):
-            prompts[p] = unpaired.prompts[rng.integers(len(unpaired))]
-            has_images[p] = False
-    return chosen, prompts, has_images
 
 
 # -- Command line ----------------------------------------------------------------------------------

@@ -2,18 +2,20 @@
 
     python -m extras.ablation group-0 pair-0            # ARM-SEED ..., from --base runs/tiny
     python -m extras.ablation group-0 group-1 --base "runs/seed{seed}"      # a base of each seed
-    python -m extras.ablation group-7 --preset smoke --base runs/smoke --results runs/results
-    python -m extras.ablation --compare runs/ablation/pair-? --baseline runs/ablation/group-?
+    python -m extras.ablation group-0 --lr 4e-4 --runs runs/grid/4e-4 --results runs/grid/4e-4
+    python -m extras.ablation --grid runs/grid/*/*.json                     # which lr is best
+    python -m extras.ablation --compare docs/ablation/*.json --baseline docs/ablation/group-*.json
     python -m extras.ablation --difference runs/tiny    # how well D_t finds the true difference
 
 An arm is a name, its settings of PPO, and an objective: ppo.py, or an object that has other
 functions in place of a few of its. All arms go through `train_ppo` of train.py. A run's folder is
-runs/ablation/ARM-SEED, its result docs/ablation/ARM-SEED.json: what paircomp.json holds, the commit
-and the machine that made it, and where PPO changed the policy. A run that was stopped goes on; one
-that has its result is left alone. Further settings of PPO are flags too, e.g. --steps 40.
+runs/ablation/ARM-SEED, its result docs/ablation/ARM-SEED.json: what paircomp.json holds, the score
+on validation pairs, the commit and the machine that made it, and where PPO changed the policy.
+A run that was stopped goes on; one that has its result is left alone. Further settings of PPO are
+flags too, e.g. --steps 40.
 
 Shapes: P pairs, 2 prompts, G samples a prompt, B = P*2*G sequences, N image tokens of a grid x grid
-image. In a comparison: S seeds, P test pairs, R resamples.
+image. In a comparison: S seeds, P test pairs.
 """
 import argparse
 import json
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import zlib
 from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,11 +39,12 @@ import ppo
 import train
 from common import (Loop, UserError, first_few, load_module, make_folder, only_process, pick_device,
                     read_json, write_atomically)
-from eval_paircomp import category_means, text_table
+from data import read_splits
+from eval_paircomp import benchmark, category_means, text_table
 from extras.draw_world import difference_mask
 from extras.judges import name_judges
 from extras.plots import JUDGES, load_pyplot, save_figure
-from model import load_policy, prompt_divergence, run_settings
+from model import load_policy, prompt_divergence, run_settings, score
 from pairworld import GRID, IMAGE_SIZE, different_attributes, pairworld, read_cells
 from tokenizer import VQConfig, VQModel, decode_ids, encode_images
 
@@ -175,6 +178,35 @@ class TamedTruth:
         return loss + shaped_loss, stats
 
 
+class Confused:
+    """Samples go to pairs whose twins the base model confuses (ours): of a few times as many random
+    pairs, those with the smallest margins. A pair's margin is how much likelier its two images are
+    by their own prompts than by each other's, in nats. A model that learned "left" for "right" has
+    a negative one. No image is sampled for it; a pair without images is never chosen."""
+
+    def __init__(self, factor, cfg):
+        self.factor = factor
+        self.vq, self.base = load_policy(cfg.out, "pretrain", pick_device(cfg.device), cfg.dtype)
+
+    def __getattr__(self, name):
+        return getattr(ppo, name)
+
+    def draw_pairs(self, rng, pairs, unpaired, n):
+        chosen, prompts, has_images = ppo.draw_pairs(rng, pairs, unpaired, self.factor * n)
+        order = np.where(has_images, self.margins(pairs, chosen, prompts), np.inf).argsort()
+        kept = np.sort(order[:n])
+        return chosen[kept], [prompts[i] for i in kept], has_images[kept]
+
+    def margins(self, pairs, chosen, prompts):
+        """Indices of p pairs and their prompts -> margins (p,)."""
+        device = self.base.embed_tokens.weight.device
+        tokens = train.encode_pairs(self.vq, pairs, chosen, device)             # (p, 2, N)
+        ids = self.base.prompt_ids([prompt for pair in prompts for prompt in pair])     # (2p, T)
+        own, crossed = (score(self.base, ids, shown.flatten(0, 1))[0].sum(-1)   # (2p,)
+                        for shown in (tokens, tokens.flip(1)))
+        return (own - crossed).view(-1, 2).sum(1).cpu().numpy()
+
+
 class Choice:
     """A second advantage, for the choice between the pair's two prompts (ours).
 
@@ -232,6 +264,7 @@ ARMS = {  # name: (settings of PPO, objective as a function of the settings, Non
     "spread": (GROUP | HALF, partial(weights_from, spread)),
     "shuffled": (GROUP | HALF, partial(weights_from, shuffled)),
     "mask": (GROUP | HALF, weights_from_oracle),
+    "confused": (GROUP, partial(Confused, 2)),
     "factored": (GROUP | FULL | {"reward": "shared"}, partial(Choice, spread, 0.3)),
 }
 # Settings of all arms, unless --preset or a flag says otherwise; the others are the default's.
@@ -241,12 +274,11 @@ RECIPE = {"eval_pairs": 60}
 # Running
 
 ROOT = Path(__file__).parents[1]
-RUNS = Path("runs/ablation")
 
 
-def settings_of(run, preset, flags):
-    """ARM-SEED and further flags of train.py -> (settings of PPO, function that makes the objective
-    of them)."""
+def settings_of(run, preset, flags, runs="runs/ablation"):
+    """ARM-SEED, further flags of train.py and the folder of the runs -> (settings of PPO, function
+    that makes the objective of them)."""
     arm, _, seed = run.rpartition("-")
     if arm not in ARMS or not seed.isdigit():
         raise UserError(f"{run}: should be ARM-SEED, ARM one of {', '.join(ARMS)}")
@@ -259,28 +291,28 @@ def settings_of(run, preset, flags):
     if preset == "tiny":
         for setting, value in RECIPE.items():
             argv += [f"--{setting.replace('_', '-')}", str(value)]
-    _, _, cfg, _ = train.parse([*argv, *flags, "--seed", seed, "--out", str(RUNS / run)])
+    _, _, cfg, _ = train.parse([*argv, *flags, "--seed", seed, "--out", str(Path(runs) / run)])
     cfg = replace(cfg, **overrides)
     train.check(replace(cfg, reward="own"))     # an objective has rewards of its own
     return cfg, objective or (lambda cfg: ppo)
 
 
-def run_arm(run, base, preset, results, flags):
+def run_arm(run, args, flags):
     """Train an arm and write its result, RESULTS/ARM-SEED.json, or go on where it was stopped."""
-    path = Path(results) / f"{run}.json"
+    path = Path(args.results) / f"{run}.json"
     if path.exists():
         print(f"{run}: has its result already, {path}")
         return
-    cfg, make_objective = settings_of(run, preset, flags)
+    cfg, make_objective = settings_of(run, args.preset, flags, args.runs)
     if cfg.judge or cfg.heldout_judge:
         cfg = name_judges(cfg)
     out = Path(cfg.out)
     commit = current_commit()
-    base = Path(base.replace("{seed}", str(cfg.seed)))
+    base = Path(args.base.replace("{seed}", str(cfg.seed)))
     copy_base(base, out, judges=not cfg.judge)
     if (out / "ppo.state").exists() or not (out / "ppo.safetensors").exists():
         print(f"{run}: {cfg}")
-        train.begin_folder(cfg, preset)
+        train.begin_folder(cfg, args.preset)
         with only_process(out), Loop("ppo", cfg, resume=True) as loop:
             train.train_ppo(cfg, loop, make_objective(cfg))
     result = read_json(out / "paircomp.json", "result of a PPO run")
@@ -292,10 +324,26 @@ def run_arm(run, base, preset, results, flags):
             result[policy] |= found
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     seconds = [entry["seconds"] for entry in log if entry["stage"] == "ppo" and "step" in entry]
-    result |= {"commit": commit, "machine": machine(device), "minutes": round(seconds[-1] / 60, 2)}
+    result |= {"validation_s_g": validation_s_g(cfg, device, *result["ppo_setting"]),
+               "commit": commit, "machine": machine(device), "minutes": round(seconds[-1] / 60, 2)}
     make_folder(path.parent)
     write_atomically(path, json.dumps(result).encode())
     print(f"{run}: done, {path}")
+
+
+def validation_s_g(cfg, device, guidance, temperature):
+    """A run's policy on validation pairs, more of them than its quick tests have: what an arm's
+    settings are chosen by. The held-out judge's s_g, or the training judge's with --judge alone."""
+    vq, policy = load_policy(cfg.out, "ppo", device, cfg.dtype)
+    if cfg.data:
+        pairs = read_splits(cfg.data, vq.cfg.image_size)["validation"]
+    else:
+        pairs = pairworld(6 * cfg.eval_pairs, "validation", seed=1)
+    judges = train.open_judges(cfg, device)
+    judge = judges.get("heldout", judges["train"])
+    sampling = SimpleNamespace(guidance=guidance, temperature=temperature, seed=cfg.seed)
+    report, _ = benchmark(policy, vq, {"judge": judge}, pairs, sampling)
+    return report["judge"]["average"]["s_g"]
 
 
 def copy_base(base, out, judges=True):
@@ -472,37 +520,17 @@ def missing_parts(arms):
     return missing
 
 
-def bootstrap(values, categories, resamples=10000, seed=0):
-    """Mean of values (S, P) over seeds and over the categories' means, with its 95 % interval ->
-    (mean, low, high).
-
-    Seeds are drawn again with replacement, and so are the test pairs within their category: the
-    interval says what other seeds and other pairs would have given. With few seeds it is wide, and
-    rightly so (percentile bootstrap, Efron and Tibshirani 1993, ch. 13)."""
-    seed_shares, pair_shares, weights = draw_again(len(values), tuple(categories), resamples, seed)
-    means = np.einsum("rs,sp,rp->r", seed_shares, values, pair_shares, optimize=True)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(values.mean(0) @ weights), float(low), float(high)
+# 97.5 % quantiles of Student's t for 1, 2, ... 10 seeds; one seed says nothing of the others.
+T = [math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 
-@lru_cache(maxsize=4)                   # the same for every metric of a comparison
-def draw_again(n_seeds, categories, resamples, seed):
-    """How much each seed (R, S) and each pair (R, P) counts in a resample, and each pair (P,) in
-    the mean itself."""
-    rng = np.random.default_rng(seed)
-
-    def shares(n):
-        return rng.multinomial(n, np.full(n, 1 / n), resamples) / n
-
-    seed_shares = shares(n_seeds)
-    pair_shares = np.zeros((resamples, len(categories)))
-    weights = np.zeros(len(categories))
-    names, category = np.unique(categories, return_inverse=True)
-    for c in range(len(names)):
-        members = np.flatnonzero(category == c)
-        weights[members] = 1 / len(members) / len(names)
-        pair_shares[:, members] = shares(len(members)) / len(names)
-    return seed_shares, pair_shares, weights
+def interval(values):
+    """values (S,) -> (mean, low, high): Student's 95 % interval of the mean. It says what other
+    seeds would have given on the same test pairs, if each had a base model of its own."""
+    n = len(values)
+    error = values.std(ddof=1) / math.sqrt(n) if n > 1 else 1.0
+    half = T[min(n, len(T)) - 1] * error        # beyond ten seeds a little wide
+    return values.mean(), values.mean() - half, values.mean() + half
 
 
 def compare(arm, baseline):
@@ -527,11 +555,10 @@ def compare(arm, baseline):
         a = np.stack([metrics[metric] for metrics in arm_metrics])              # (S, P)
         b = np.stack([metrics[metric] for metrics in baseline_metrics])
         known = np.isfinite(a - b).all(0)       # a judge had an answer about them in every run
-        a, b = a[:, known], b[:, known]
-        those = [category for category, ok in zip(categories, known) if ok]
-        mean_a, *_ = bootstrap(a, those, 1)
-        mean_b, *_ = bootstrap(b, those, 1)
-        table[metric] = mean_a, mean_b, *bootstrap(a - b, those)
+        those = np.array(categories)[known]
+        a, b = (np.array([category_means(row, those)["average"] for row in values[:, known]])
+                for values in (a, b))                                           # (S,)
+        table[metric] = a.mean(), b.mean(), *interval(a - b)
     return table, seeds
 
 
@@ -553,6 +580,20 @@ def difference_report(arm):
         if seen:
             lines.append(line(f"change {where} the true difference, nats a token", seen, 3))
     return lines
+
+
+def format_grid(paths):
+    """Results of the same arms at several learning rates -> the table of their validation s_g."""
+    scores = {}
+    for path in map(Path, paths):
+        result = read_json(path, "result of an arm")
+        if not isinstance(result, dict) or "validation_s_g" not in result:
+            raise UserError(f"{path}: has no 'validation_s_g'; should be a result of "
+                            "extras.ablation")
+        arm = path.stem.rpartition("-")[0]
+        lr = f"{result['config']['lr']:g}"
+        scores.setdefault(arm, {})[lr] = f"{100 * result['validation_s_g']:.1f}"
+    return text_table(list(scores.items()))
 
 
 METRICS = ["heldout s_g", "heldout s_a", "heldout gap", "train s_g", "oracle s_g", "pair accuracy"]
@@ -650,37 +691,44 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     runs = list(takewhile(lambda word: not word.startswith("-"), argv))
     parser = train.Parser(prog="python -m extras.ablation", description=__doc__, allow_abbrev=False,
-                          usage="%(prog)s ARM-SEED ... | --compare RUN ... | --difference RUN",
+                          usage="%(prog)s ARM-SEED ... | --compare RUN ... | --grid RESULT ... | "
+                          "--difference RUN",
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", metavar="RUN", default="runs/tiny",
                         help="whose tokenizer, base model and judges are used; {seed} in it is the "
                         "run's (%(default)s)")
     parser.add_argument("--preset", choices=list(train.PRESETS), default="tiny",
                         help="with tiny the recipe of docs/ablation.md (%(default)s)")
+    parser.add_argument("--runs", metavar="DIR", default="runs/ablation",
+                        help="where the folders ARM-SEED of the runs are (%(default)s)")
     parser.add_argument("--results", metavar="DIR", default="docs/ablation",
                         help="where a run's result goes (%(default)s)")
     parser.add_argument("--compare", metavar="RUN", nargs="+",
                         help="folders or results of runs named ARM-SEED, against --baseline")
     parser.add_argument("--baseline", metavar="RUN", nargs="+", help="the runs of one arm")
+    parser.add_argument("--grid", metavar="RESULT", nargs="+",
+                        help="results of one seed at several learning rates: validation s_g")
     parser.add_argument("--out", metavar="PNG", help="draw the comparison too")
     parser.add_argument("--difference", metavar="RUN", help="AUC of D_t before and after PPO, and "
                         "where PPO changed the policy")
     args, flags = parser.parse_known_args(argv[len(runs):])
-    if sum(map(bool, (runs, args.compare, args.difference))) != 1:
-        raise UserError("say one of: ARM-SEED ..., --compare RUN ... --baseline RUN ..., or "
-                        f"--difference RUN; arms are {', '.join(ARMS)}")
+    if sum(map(bool, (runs, args.compare, args.grid, args.difference))) != 1:
+        raise UserError("say one of: ARM-SEED ..., --compare RUN ... --baseline RUN ..., --grid "
+                        f"RESULT ..., or --difference RUN; arms are {', '.join(ARMS)}")
     if bool(args.compare) != bool(args.baseline):
         raise UserError("--compare and --baseline go together")
     if args.out and not args.compare:
-        raise UserError("--out: goes with --compare; an arm's folder is runs/ablation/ARM-SEED")
+        raise UserError("--out: goes with --compare; --runs says where arms are trained")
     if flags and not runs:
         raise UserError(f"{flags[0]}: goes with ARM-SEED ... alone")
     if args.compare:
         run_compare(args.compare, args.baseline, args.out)
+    elif args.grid:
+        print(format_grid(args.grid))
     elif args.difference:
         print(format_difference(difference_of_run(args.difference, pick_device("auto"))))
     for run in runs:
-        run_arm(run, args.base, args.preset, args.results, flags)
+        run_arm(run, args, flags)
 
 
 if __name__ == "__main__":

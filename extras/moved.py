@@ -18,7 +18,7 @@ MOVED = {
     "--truth-counted": ARM,
     "--save-every": "SAVE_SECONDS of common.py",
     "--grad-clip": "GRAD_CLIP of common.py",
-    "--prompts-share": "PROMPTS_SHARE of train.py",
+    "--prompts-share": "PROMPTS_SHARE of ppo.py",
     "--std-floor": "STD_FLOOR of ppo.py",
     "--difference-cap": "WEIGHT_CAP of ppo.py",
     "--quick-pairs": "VALIDATION_PAIRS of eval_paircomp.py",

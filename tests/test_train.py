@@ -318,7 +318,7 @@ def test_an_unpaired_prompt_is_paid_for_itself_alone(smoke, tmp_path, monkeypatc
     fork = SimpleNamespace(**vars(ppo) | {"REWARDS": {"own": choice}})
     rewards = []
     fork.token_advantages = lambda r, *args: rewards.append(r) or ppo.token_advantages(r, *args)
-    monkeypatch.setattr(train, "PROMPTS_SHARE", 0.5)
+    monkeypatch.setattr(ppo, "PROMPTS_SHARE", 0.5)
     out = copy_of(smoke, tmp_path / "run", *NEEDS["ppo"])
     cfg = train.PPO(**PRESETS["smoke"]["ppo"] | dict(
         out=str(out), steps=1, prompts=str(tmp_path / "prompts.txt"), device="cpu", eval_pairs=1))
@@ -335,7 +335,7 @@ def test_unpaired_prompts_are_pairs_with_themselves(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     unpaired = data.read_prompts(tmp_path / "prompts.txt")
     pairs = pairworld(10, "train", 0)
-    chosen, prompts, has_images = train.draw_pairs(np.random.default_rng(0), pairs, unpaired, 400)
+    chosen, prompts, has_images = ppo.draw_pairs(np.random.default_rng(0), pairs, unpaired, 400)
     mixed = [a == b for a, b in prompts]
     assert 0.15 < np.mean(mixed) < 0.35                                 # PROMPTS_SHARE
     assert [not same for same in mixed] == has_images.tolist()
