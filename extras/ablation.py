@@ -197,6 +197,7 @@ class Confused:
         kept = np.sort(order[:n])
         return chosen[kept], [prompts[i] for i in kept], has_images[kept]
 
+    @torch.no_grad()
     def margins(self, pairs, chosen, prompts):
         """Indices of p pairs and their prompts -> margins (p,)."""
         device = self.base.embed_tokens.weight.device

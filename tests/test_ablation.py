@@ -335,7 +335,6 @@ def test_shaping_leaves_the_other_sequences_and_the_kl_alone():
     assert plain.equal(logprobs.grad)   # with nobody marked it is the loss of ppo.py
 
 
-@torch.no_grad()
 def test_samples_go_to_the_pairs_that_the_base_model_confuses(base):
     """Half of twice as many random pairs, in the order in which they were drawn. Prompts the wrong
     way round turn a pair's margin into its negative: so does a model that learned them so."""
