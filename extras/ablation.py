@@ -32,7 +32,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 
 import ppo
@@ -49,33 +48,16 @@ from pairworld import GRID, IMAGE_SIZE, different_attributes, pairworld, read_ce
 from tokenizer import VQConfig, VQModel, decode_ids, encode_images
 
 # --------------------------------------------------------------------------------------------------
-# What the weights are made of: D_t, or something else in its place. All have the signature of
-# model.prompt_divergence: (policy, prompt_ids (B, T), twin_ids (B, T), tokens (B, N), **sampling)
-# -> (B, N).
-
-def spread_difference(divergence, grid, radius=1):
-    """The largest D_t among a token and its neighbors that are drawn before it, up to `radius`
-    tokens above and to the left (ours). divergence (B, N) -> (B, N).
-
-    D_t is large where the choice is made, at the first token of an object, and small in the rest of
-    the object, which follows from what is drawn. The difference is the whole object. Only earlier
-    tokens count, so that a weight still depends on the prefix alone."""
-    side = 2 * radius + 1
-    images = divergence.view(-1, 1, grid, grid)
-    windows = F.unfold(images, side, padding=radius)                    # (B, side*side, N)
-    until_token = side * side // 2 + 1      # a window goes row by row, the token is its middle
-    return windows[:, :until_token].amax(1)
-
-
-def spread(policy, prompt_ids, twin_ids, tokens, **sampling):
-    d_t = prompt_divergence(policy, prompt_ids, twin_ids, tokens, **sampling)
-    return spread_difference(d_t, math.isqrt(tokens.shape[1]))
-
+# What the weights are made of in place of D_t. All have the signature of model.prompt_divergence:
+# (policy, prompt_ids (B, T), twin_ids (B, T), tokens (B, N), **sampling) -> (B, N).
 
 def shuffled(policy, prompt_ids, twin_ids, tokens, **sampling):
-    """The values of `spread`, each image's in a random order: a control."""
-    d_t = spread(policy, prompt_ids, twin_ids, tokens, **sampling)
-    return d_t.gather(1, random_like(tokens).argsort(1))
+    """D_t of an image of another pair, in a random order: a control. In the own image's D_t, put in
+    another order, a weight would hold the values of later tokens, and these depend on the token
+    that it weighs."""
+    d_t = prompt_divergence(policy, prompt_ids, twin_ids, tokens, **sampling)
+    of_another = d_t.roll(len(d_t) // 2, 0)     # prompts stay whole if the pairs are even in number
+    return of_another.gather(1, random_like(tokens).argsort(1))
 
 
 def random_like(tokens):
@@ -88,7 +70,7 @@ def random_like(tokens):
 
 def oracle_mask(cfg):
     """1 on the cells in which an image shows what its pair's prompts differ in, as the oracle sees
-    it: an upper bound, which no real data has. Unlike D_t it depends on the finished image."""
+    it: a reference that no real data has. Unlike D_t it depends on the finished image."""
     path = Path(cfg.out) / "tokenizer.safetensors"
     vq = load_module(path, VQModel, VQConfig, pick_device(cfg.device))
 
@@ -124,68 +106,33 @@ def shown_in(images, prompts, grid):
 # --------------------------------------------------------------------------------------------------
 # Objectives: what train_ppo calls in place of ppo.py
 
-def weights_from(source, cfg):
-    """ppo.py with its weights made of another source than D_t."""
-    return SimpleNamespace(**vars(ppo) | {"prompt_divergence": source})
+def fork(cfg, **functions):
+    """ppo.py with other functions in place of a few of its. They need no settings."""
+    return SimpleNamespace(**vars(ppo) | functions)
 
 
 def weights_from_oracle(cfg):
-    return weights_from(oracle_mask(cfg), cfg)
+    return fork(cfg, prompt_divergence=oracle_mask(cfg))
 
 
-class TamedTruth:
-    """Ground truth that cannot pull hard: the own image alone, from rollout 10, with LUFFY's shaped
-    ratio (arXiv 2504.14945, eq. 6), and not counted in the mean and std of its pool."""
-    start = 10
-    gamma = 0.1
-
-    def __init__(self, cfg):
-        self.replaced = None            # (B,) of this rollout
-
-    def __getattr__(self, name):
-        return getattr(ppo, name)
-
-    def ground_truth_probability(self, step, *schedule):
-        self.replaced = None            # a new rollout
-        return ppo.ground_truth_probability(step, *schedule) if step >= self.start else 0.0
-
-    def mix_ground_truth(self, tokens, truth, use):
-        """tokens (B, N), truth (P, 2, N), use (P, 2) bool -> mixed (B, N), replaced (B,)."""
-        samples = tokens.view(*truth.shape[:2], -1, truth.shape[2]).clone()     # (P, 2, G, N)
-        samples[:, :, 0] = torch.where(use[..., None], truth, samples[:, :, 0])
-        replaced = torch.zeros(samples.shape[:3], dtype=torch.bool, device=tokens.device)
-        replaced[:, :, 0] = use
-        self.replaced = replaced.flatten()
-        return samples.flatten(0, 2), self.replaced
-
-    def token_advantages(self, rewards, weights, pool):
-        counted = None if self.replaced is None else ~self.replaced.view_as(rewards)
-        advantages = ppo.group_advantages(rewards, pool, counted)[..., None]    # (P, 2, G, 1)
-        if weights is not None:
-            advantages = weights * advantages
-        return advantages.flatten(0, 2)
-
-    def ppo_loss(self, logprobs, old_logprobs, ref_logprobs, advantages, clip, beta, replaced):
-        """f(pi) A with f(pi) = pi / (pi + gamma) in place of the clipped ratio, for replaced rows:
-        the gradient of a token that the policy finds next to impossible vanishes."""
-        sampled = torch.where(replaced[:, None], 0.0, advantages)
-        loss, stats = ppo.ppo_loss(logprobs, old_logprobs, ref_logprobs, sampled, clip, beta,
-                                   replaced)
-        probability = logprobs.exp()
-        shaped = probability / (probability + self.gamma) * advantages
-        shaped_loss = -(shaped * replaced[:, None]).mean()
-        stats["pg_loss"] = stats["pg_loss"] + shaped_loss.detach()
-        return loss + shaped_loss, stats
+def own_image_alone(tokens, truth, use):
+    """Ground truth without the twin's image. tokens (B, N), truth (P, 2, N), use (P, 2) bool ->
+    mixed (B, N), replaced (B,)."""
+    samples = tokens.view(*truth.shape[:2], -1, truth.shape[2]).clone()         # (P, 2, G, N)
+    samples[:, :, 0] = torch.where(use[..., None], truth, samples[:, :, 0])
+    replaced = torch.zeros(samples.shape[:3], dtype=torch.bool, device=tokens.device)
+    replaced[:, :, 0] = use
+    return samples.flatten(0, 2), replaced.flatten()
 
 
 class Confused:
-    """Samples go to pairs whose twins the base model confuses (ours): of a few times as many random
-    pairs, those with the smallest margins. A pair's margin is how much likelier its two images are
+    """Samples go to pairs whose twins the base model confuses (ours): of twice as many random pairs
+    those with the smallest margins. A pair's margin is how much likelier its two images are
     by their own prompts than by each other's, in nats. A model that learned "left" for "right" has
-    a negative one. No image is sampled for it; a pair without images is never chosen."""
+    a negative one. No image is sampled for it; a pair without images comes last."""
+    factor = 2
 
-    def __init__(self, factor, cfg):
-        self.factor = factor
+    def __init__(self, cfg):
         self.vq, self.base = load_policy(cfg.out, "pretrain", pick_device(cfg.device), cfg.dtype)
 
     def __getattr__(self, name):
@@ -208,26 +155,21 @@ class Confused:
         return (own - crossed).view(-1, 2).sum(1).cpu().numpy()
 
 
-class Choice:
-    """A second advantage, for the choice between the pair's two prompts (ours).
+class Factored:
+    """S(I, T) as a product of two rewards with advantages of their own (ours):
 
-    C = S(I, T) / (S(I, T) + S(I, T')). What the prompts share divides out, so that C grades the one
-    detail, even in an image that is wrong in all else. Its advantage times `strength` is added to
-    the reward's, and the token weights act on it alone. With the reward "shared", S(I, T) +
-    S(I, T'), the two are the factors of S(I, T). C of an unpaired prompt is always 1/2."""
+        S(I, T) = (S(I, T) + S(I, T')) * C,     C = S(I, T) / (S(I, T) + S(I, T'))
 
-    def __init__(self, source, strength, cfg):
-        self.prompt_divergence = source
-        self.strength = strength
-        self.REWARDS = {"own": self.own_reward, "shared": self.shared_reward}
+    What the prompts share divides out of the choice C, so that it grades the one detail, even in an
+    image that is wrong in all else. The token weights act on the choice's advantage alone. C of an
+    unpaired prompt is always 1/2."""
+
+    def __init__(self, cfg):
+        self.REWARDS = {"shared": self.shared_reward}
         self.choice = None              # (P, 2, G) of this rollout
 
     def __getattr__(self, name):
         return getattr(ppo, name)
-
-    def own_reward(self, own, twin):
-        self.choice = choice_reward(own, twin)
-        return own
 
     def shared_reward(self, own, twin):
         self.choice = choice_reward(own, twin)
@@ -235,11 +177,8 @@ class Choice:
 
     def token_advantages(self, rewards, weights, pool):
         """rewards (P, 2, G), weights (P, 2, G, N) or None -> (B, N), or (B, 1) without weights."""
-        of_reward = ppo.token_advantages(rewards, None, pool)                   # (B, 1)
-        of_choice = self.strength * ppo.token_advantages(self.choice, None, pool)
-        if weights is not None:
-            of_choice = weights.flatten(0, 2) * of_choice                       # (B, N)
-        return of_reward + of_choice
+        of_choice = ppo.token_advantages(self.choice, weights, pool)
+        return ppo.token_advantages(rewards, None, pool) + of_choice
 
 
 def choice_reward(own, twin, floor=1e-3):
@@ -252,21 +191,20 @@ def choice_reward(own, twin, floor=1e-3):
 
 GROUP = {"advantage": "group"}
 PAIR = {"advantage": "pair"}
-HALF, FULL = {"difference": 0.5}, {"difference": 1.0}
+WEIGHTS = {"difference": 0.5}
+TRUTH = {"ground_truth": [3, 22, 60]}   # the official schedule 50, 450, 1200 of 1600, for 80
 ARMS = {  # name: (settings of PPO, objective as a function of the settings, None is ppo.py)
     "group": (GROUP, None),
     "pair": (PAIR, None),
-    # The official schedule 50, 450, 1200 of 1600 rollouts, for 80.
-    "truth": (PAIR | {"ground_truth": [3, 22, 60]}, None),
-    "truth-tamed": (PAIR | {"ground_truth": [16, 32, 60]}, TamedTruth),
-    "tuned": (PAIR, None),              # its base was fine-tuned on the pairs' images: --base
     "margin": (GROUP | {"reward": "margin"}, None),
-    "weights": (GROUP | HALF, None),
-    "spread": (GROUP | HALF, partial(weights_from, spread)),
-    "shuffled": (GROUP | HALF, partial(weights_from, shuffled)),
-    "mask": (GROUP | HALF, weights_from_oracle),
-    "confused": (GROUP, partial(Confused, 2)),
-    "factored": (GROUP | FULL | {"reward": "shared"}, partial(Choice, spread, 0.3)),
+    "weights": (GROUP | WEIGHTS, None),
+    "shuffled": (GROUP | WEIGHTS, partial(fork, prompt_divergence=shuffled)),
+    "mask": (GROUP | WEIGHTS, weights_from_oracle),
+    "factored": (GROUP | WEIGHTS | {"reward": "shared"}, Factored),
+    "truth": (PAIR | TRUTH, None),
+    "own-image": (PAIR | TRUTH, partial(fork, mix_ground_truth=own_image_alone)),
+    "confused": (GROUP, Confused),
+    "tuned": (PAIR, None),              # its base was fine-tuned on the pairs' images: --base
 }
 # Settings of all arms, unless --preset or a flag says otherwise; the others are the default's.
 RECIPE = {"eval_pairs": 60}
@@ -301,12 +239,14 @@ def settings_of(run, preset, flags, runs="runs/ablation"):
 def run_arm(run, args, flags):
     """Train an arm and write its result, RESULTS/ARM-SEED.json, or go on where it was stopped."""
     path = Path(args.results) / f"{run}.json"
-    if path.exists():
-        print(f"{run}: has its result already, {path}")
-        return
     cfg, make_objective = settings_of(run, args.preset, flags, args.runs)
     if cfg.judge or cfg.heldout_judge:
         cfg = name_judges(cfg)
+    if path.exists():
+        if read_json(path, "result of an arm")["config"] != asdict(cfg):
+            raise UserError(f"{path}: has other settings; give another --results and --runs")
+        print(f"{run}: has its result already, {path}")
+        return
     out = Path(cfg.out)
     commit = current_commit()
     base = Path(args.base.replace("{seed}", str(cfg.seed)))
@@ -327,6 +267,8 @@ def run_arm(run, args, flags):
     seconds = [entry["seconds"] for entry in log if entry["stage"] == "ppo" and "step" in entry]
     result |= {"validation_s_g": validation_s_g(cfg, device, *result["ppo_setting"]),
                "commit": commit, "machine": machine(device), "minutes": round(seconds[-1] / 60, 2)}
+    for policy in ("base", "ppo"):
+        del result[policy]["pairs"]     # a result is committed: it holds means alone
     make_folder(path.parent)
     write_atomically(path, json.dumps(result).encode())
     print(f"{run}: done, {path}")
@@ -417,9 +359,8 @@ def true_difference(vq, pairs, model, other, twins):
     other model reads the twin's prompt: one model and twins is D_t, two models and the same prompt
     is what PPO changed.
 
-    -> ({category: AUC}, {category: AUC of `spread_difference`}, {"inside": {category: mean JS of
-    the tokens that truly differ}, "outside": of those that do not})."""
-    grid = vq.cfg.grid
+    -> ({category: AUC}, {"inside": {category: mean JS of the tokens that truly differ}, "outside":
+    of those that do not})."""
     device = model.embed_tokens.weight.device
     images = pairs.load(np.arange(len(pairs)))                                  # (P, 2, H, W, 3)
     tokens = encode_images(vq, rearrange(images, "p i h w c -> (p i) h w c"), device)
@@ -427,21 +368,20 @@ def true_difference(vq, pairs, model, other, twins):
     twin_ids = rearrange(ids, "(p i) t -> p i t", i=2).flip(1).flatten(0, 1)
     divergence = prompt_divergence(model, ids, twin_ids if twins else ids, tokens, other=other)
     divergence = divergence.cpu()                                               # (2P, N)
-    mask = difference_mask(images, grid).reshape(len(pairs), -1).repeat(2, 0)   # (2P, N)
+    mask = difference_mask(images, vq.cfg.grid).reshape(len(pairs), -1).repeat(2, 0)   # (2P, N)
     categories = np.repeat(pairs.categories, 2)
 
-    aucs = [category_means(divergence_auc(d, mask), categories)
-            for d in (divergence, spread_difference(divergence, grid))]
+    auc = category_means(divergence_auc(divergence, mask), categories)
     change = {}
     for where, chosen in (("inside", mask), ("outside", ~mask)):
         means = (divergence.numpy() * chosen).sum(1) / chosen.sum(1)            # (2P,)
         change[where] = category_means(means, categories)
-    return *aucs, change
+    return auc, change
 
 
 def difference_of_run(run, device):
     """A run of PairWorld with a base model and a policy -> what a result's reports have besides:
-    {"base": {"divergence_auc", "spread_auc"}, "ppo": {these two, "change"}}."""
+    {"base": {"divergence_auc"}, "ppo": {"divergence_auc", "change"}}."""
     models = {}
     for policy, name in (("base", "pretrain"), ("ppo", "ppo")):
         vq, models[policy] = load_policy(run, name, device)
@@ -451,9 +391,9 @@ def difference_of_run(run, device):
     pairs = pairworld(6 * run_settings(run, "ppo").get("eval_pairs", 20), "test", seed=0)
     found = {}
     for policy, model in models.items():
-        of_d_t, of_spread, _ = true_difference(vq, pairs, model, model, twins=True)
-        found[policy] = {"divergence_auc": of_d_t, "spread_auc": of_spread}
-    *_, change = true_difference(vq, pairs, models["ppo"], models["base"], twins=False)
+        auc, _ = true_difference(vq, pairs, model, model, twins=True)
+        found[policy] = {"divergence_auc": auc}
+    _, change = true_difference(vq, pairs, models["ppo"], models["base"], twins=False)
     found["ppo"]["change"] = change
     return found
 
@@ -461,10 +401,9 @@ def difference_of_run(run, device):
 def format_difference(found):
     """The two tables of `difference_of_run`."""
     aucs, changes = [], []
-    for kind, label in (("divergence", "D_t"), ("spread", "spread D_t")):
-        for policy in ("base", "ppo"):
-            values = found[policy][f"{kind}_auc"]
-            aucs.append((f"{label}, {policy}", {c: f"{v:.2f}" for c, v in values.items()}))
+    for policy in ("base", "ppo"):
+        values = found[policy]["divergence_auc"]
+        aucs.append((f"D_t, {policy}", {c: f"{v:.2f}" for c, v in values.items()}))
     for where, values in found["ppo"]["change"].items():
         changes.append((f"{where} the difference", {c: f"{v:.3f}" for c, v in values.items()}))
     return "\n".join(["AUC of D_t against the true difference (0.5 is chance)", text_table(aucs),
@@ -493,30 +432,28 @@ def read_arms(paths):
     return arms
 
 
-def pair_metrics(report):
-    """A report of eval_paircomp.paircomp -> {metric: (P,) values of the test pairs}: s_a, s_g and
-    gap = s_a - s_g of each judge, and pair accuracy, as far as the report has them."""
+def metrics_of(report):
+    """A report of eval_paircomp.paircomp -> {metric: mean of the categories}: s_a, s_g and their
+    gap of each judge, and pair accuracy, as far as the report has them. A run with --judge alone
+    has no held-out judge, one with --test neither oracle nor pair accuracy, one with --data no
+    oracle that is a judge."""
     metrics = {}
     for judge in JUDGES:
-        if judge in report["pairs"]:
-            scores = np.array(report["pairs"][judge], np.float64)               # (P, 2K)
-            s_a = scores.mean(1)
-            s_g = scores.prod(1) ** (1 / scores.shape[1])
+        if judge in report:
+            s_a, s_g = (report[judge]["average"][key] for key in ("s_a", "s_g"))
             metrics |= {f"{judge} s_a": s_a, f"{judge} s_g": s_g, f"{judge} gap": s_a - s_g}
-    if "pair_accuracy" in report["pairs"]:
-        metrics["pair accuracy"] = np.array(report["pairs"]["pair_accuracy"], np.float64)
+    if "pair_accuracy" in report:
+        metrics["pair accuracy"] = report["pair_accuracy"]["average"]
     return metrics
 
 
 def missing_parts(arms):
-    """{arm: {seed: result}} -> {judge or "pair_accuracy": the runs without it}. A run with --judge
-    alone has no held-out judge, one with --test neither oracle nor pair accuracy, one with --data
-    no oracle that is a judge."""
+    """{arm: {seed: result}} -> {judge or "pair_accuracy": the runs without it}."""
     missing = {}
     for arm, results in arms.items():
         for seed, result in results.items():
             for part in (*JUDGES, "pair_accuracy"):
-                if part not in result["ppo"]["pairs"]:
+                if part not in result["ppo"]:
                     missing.setdefault(part, []).append(f"{arm}-{seed}")
     return missing
 
@@ -536,30 +473,23 @@ def interval(values):
 
 def compare(arm, baseline):
     """Two {seed: result} -> ({metric: (arm's mean, baseline's mean, difference, low, high)} of the
-    metrics that all these runs have, the seeds that both have). A pair of which a judge had no
-    answer in one of the runs does not count."""
+    metrics that all these runs have, the seeds that both have)."""
     seeds = sorted(arm.keys() & baseline.keys())
     if not seeds:
         raise UserError(f"no seed in common: {sorted(arm)} and {sorted(baseline)}; runs are paired "
                         "by seed")
-    categories = arm[seeds[0]]["ppo"]["pairs"]["categories"]
-    for result in [*arm.values(), *baseline.values()]:
-        if result["ppo"]["pairs"]["categories"] != categories:
-            raise UserError("the runs were tested on different pairs; repeat them with the same "
-                            "--eval-pairs")
-    arm_metrics = [pair_metrics(arm[seed]["ppo"]) for seed in seeds]
-    baseline_metrics = [pair_metrics(baseline[seed]["ppo"]) for seed in seeds]
+    for seed in seeds:
+        if arm[seed]["base"]["train"] != baseline[seed]["base"]["train"]:
+            raise UserError(f"the runs of seed {seed} began with different base models, judges or "
+                            "test pairs; only runs from the same --base compare")
+    arm_metrics, baseline_metrics = ([metrics_of(runs[seed]["ppo"]) for seed in seeds]
+                                     for runs in (arm, baseline))
     table = {}
     for metric in arm_metrics[0]:
-        if any(metric not in metrics for metrics in arm_metrics + baseline_metrics):
-            continue
-        a = np.stack([metrics[metric] for metrics in arm_metrics])              # (S, P)
-        b = np.stack([metrics[metric] for metrics in baseline_metrics])
-        known = np.isfinite(a - b).all(0)       # a judge had an answer about them in every run
-        those = np.array(categories)[known]
-        a, b = (np.array([category_means(row, those)["average"] for row in values[:, known]])
-                for values in (a, b))                                           # (S,)
-        table[metric] = a.mean(), b.mean(), *interval(a - b)
+        if all(metric in metrics for metrics in arm_metrics + baseline_metrics):
+            a, b = (np.array([metrics[metric] for metrics in runs])             # (S,) each
+                    for runs in (arm_metrics, baseline_metrics))
+            table[metric] = a.mean(), b.mean(), *interval(a - b)
     return table, seeds
 
 
@@ -571,11 +501,10 @@ def difference_report(arm):
         return f"{label}: " + ", ".join(f"{c} {mean:.{decimals}f}" for c, mean in means.items())
 
     lines = []
-    for kind in ("divergence_auc", "spread_auc"):
-        for policy in ("base", "ppo"):
-            seen = [r[policy][kind] for r in arm.values() if kind in r[policy]]
-            if seen:
-                lines.append(line(f"{kind} {policy}", seen, 2))
+    for policy in ("base", "ppo"):
+        seen = [r[policy]["divergence_auc"] for r in arm.values() if "divergence_auc" in r[policy]]
+        if seen:
+            lines.append(line(f"divergence_auc {policy}", seen, 2))
     for where in ("inside", "outside"):
         seen = [r["ppo"]["change"][where] for r in arm.values() if "change" in r["ppo"]]
         if seen:
@@ -584,17 +513,22 @@ def difference_report(arm):
 
 
 def format_grid(paths):
-    """Results of the same arms at several learning rates -> the table of their validation s_g."""
+    """Results of arms at several learning rates -> the table of their validation s_g, means over
+    the seeds, and under it the mean of the arms."""
     scores = {}
     for path in map(Path, paths):
         result = read_json(path, "result of an arm")
         if not isinstance(result, dict) or "validation_s_g" not in result:
             raise UserError(f"{path}: has no 'validation_s_g'; should be a result of "
                             "extras.ablation")
-        arm = path.stem.rpartition("-")[0]
-        lr = f"{result['config']['lr']:g}"
-        scores.setdefault(arm, {})[lr] = f"{100 * result['validation_s_g']:.1f}"
-    return text_table(list(scores.items()))
+        arm, lr = path.stem.rpartition("-")[0], result["config"]["lr"]
+        scores.setdefault(arm, {}).setdefault(lr, []).append(100 * result["validation_s_g"])
+    rates = sorted({lr for of_arm in scores.values() for lr in of_arm})
+    rows = {arm: {lr: np.mean(of_arm[lr]) if lr in of_arm else math.nan for lr in rates}
+            for arm, of_arm in scores.items()}
+    rows["mean"] = {lr: np.mean([row[lr] for row in rows.values()]) for lr in rates}
+    return text_table([(arm, {f"{lr:g}": f"{value:.1f}" for lr, value in row.items()})
+                       for arm, row in rows.items()])
 
 
 METRICS = ["heldout s_g", "heldout s_a", "heldout gap", "train s_g", "oracle s_g", "pair accuracy"]
