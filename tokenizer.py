@@ -249,9 +249,9 @@ def to_pixels(x):
 
 
 def from_pixels(images, device="cpu"):
-    """(B, H, W, 3) uint8 array -> (B, 3, H, W) in [-1, 1]."""
+    """(..., H, W, 3) uint8 array -> (..., 3, H, W) in [-1, 1]."""
     values = torch.from_numpy(images).to(device)
-    return rearrange(values, "b h w c -> b c h w").float() / 127.5 - 1
+    return rearrange(values, "... h w c -> ... c h w").float() / 127.5 - 1
 
 
 def vq_batch_size(cfg):

@@ -217,6 +217,12 @@ def encode_all_pairs(vq, pairs, device):
     return torch.cat([encode_pairs(vq, pairs, chunk, device).cpu() for chunk in chunks])
 
 
+def reconstruct_all_pairs(vq, pairs, device):
+    """Every pair's images as they come back from the tokenizer, once: (P, 2, H, W, 3) uint8."""
+    images = decode_ids(vq, encode_all_pairs(vq, pairs, device).to(device).flatten(0, 1))
+    return images.reshape(len(pairs), 2, *images.shape[1:])
+
+
 def save_samples(cfg, name, images, labels=None, columns=8, scale=3):
     folder = Path(cfg.out) / "samples"
     make_folder(folder)
@@ -374,7 +380,7 @@ def train_reward(cfg, loop):
     device = pick_device(cfg.device)
     vq = load_module(Path(cfg.out) / "tokenizer.safetensors", VQModel, VQConfig, device)
     pairs, test = map(PairSet.with_images, train_and_test_pairs(cfg, vq.cfg.image_size, LONG))
-    codes = encode_all_pairs(vq, pairs, device)                         # (P, 2, N)
+    drawn = reconstruct_all_pairs(vq, pairs, device)                    # (P, 2, H, W, 3) uint8
     torch.manual_seed(cfg.seed)
     shape = dict(width=cfg.width, grid=vq.cfg.image_size // JudgeConfig.patch)
     judges = {"train": Judge(JudgeConfig(kind="attend", **shape)).to(device),
@@ -388,14 +394,12 @@ def train_reward(cfg, loop):
             # Each judge sees pairs of its own.
             rng, _ = step_random(replace(cfg, seed=cfg.seed + 1000 * n), "reward", step)
             chosen = rng.integers(len(pairs), size=cfg.batch)
-            renderings = from_pixels(images_of(pairs, chosen), device)
-            renderings = rearrange(renderings, "(p i) c h w -> p i c h w", i=2)
+            renderings = pairs.load(chosen)                             # (P, 2, H, W, 3)
             # Half of the pairs as the policy would draw them: through the tokenizer.
-            images = renderings.clone()
             half = cfg.batch // 2
-            with torch.no_grad():
-                drawn = vq.decode(codes[chosen[:half]].to(device).flatten(0, 1)).clamp(-1, 1)
-            images[:half] = drawn.view_as(images[:half])
+            images = np.concatenate([drawn[chosen[:half]], renderings[half:]])
+            images = from_pixels(images, device)                        # (P, 2, 3, H, W)
+            renderings = from_pixels(renderings, device)
             prompts = [pairs.prompts[i] for i in chosen]
             ids = text.encode_prompts([p for pair in prompts for p in pair], judge.cfg.n_text)
             ids = torch.from_numpy(rearrange(ids, "(p i) t -> p i t", i=2)).to(device)

@@ -25,6 +25,7 @@ import train
 from common import UserError, load_weights, save_weights
 from extras.draw_world import write_pairs
 from pairworld import CATEGORIES, pairworld
+from tokenizer import VQConfig, VQModel, decode_ids
 from train import NEEDS, PRESETS, STAGES, Pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -221,6 +222,31 @@ def test_own_pairs_go_through_every_stage(tmp_path, capsys, recwarn):
     assert {"train", "heldout", "exact", "choice", "pair_accuracy"} < set(report["ppo"])
     assert (tmp_path / "run" / "samples" / "before_after.png").exists()
     assert not [w for w in recwarn if "legend" in str(w.message) or "artists" in str(w.message)]
+
+
+def test_stage_reward_decodes_each_image_once(smoke, tmp_path, monkeypatch):
+    """It decoded 32 images a step for each judge, a seventh of its time, the same ones again and
+    again. Now it sees what the policy will be judged by: whole gray levels, as in a file."""
+    decode, decoded = train.decode_ids, []
+    monkeypatch.setattr(train, "decode_ids", lambda vq, ids: decoded.append(len(ids))
+                        or decode(vq, ids))
+    shown, loss = [], train.judge_loss
+    monkeypatch.setattr(train, "judge_loss", lambda judge, images, *args: shown.append(images)
+                        or loss(judge, images, *args))
+    out = copy_of(smoke, tmp_path / "run", "tokenizer")
+    train.main(["--stage", "reward", "--preset", "smoke", "--steps", "3", "--device", "cpu",
+                "--n-pairs", "300", "--out", str(out)])
+    assert decoded[0] == 600 and len(decoded) == 2      # and those of the report
+    levels = (shown[0] + 1) * 127.5
+    assert levels.allclose(levels.round(), atol=1e-3)
+
+
+def test_pairs_come_back_from_the_tokenizer_in_their_order(smoke):
+    vq = common.load_module(smoke / "tokenizer.safetensors", VQModel, VQConfig)
+    pairs, some = pairworld(300, "train", 0), np.array([0, 255, 256, 299])
+    drawn = train.reconstruct_all_pairs(vq, pairs, "cpu")
+    alone = decode_ids(vq, train.encode_pairs(vq, pairs, some, "cpu").flatten(0, 1))
+    assert np.array_equal(drawn[some].reshape(alone.shape), alone)
 
 
 def test_a_coarse_judge_never_sees_near_misses(smoke, tmp_path, monkeypatch):
