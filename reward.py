@@ -85,7 +85,7 @@ class Judge(nn.Module):
         elif cfg.kind == "convolve":
             half = cfg.patch // 2
             self.image_encoder = nn.Sequential(nn.Conv2d(3, c, half, stride=half),
-                                               ResBlock(c, c, 8), Downsample(c),
+                                               ResBlock(c, c, 8, kernel=1), Downsample(c),
                                                ResBlock(c, c, 8, kernel=1))
             self.layers = nn.ModuleList(nn.Conv1d(c, c, 5, padding=2) for _ in range(cfg.n_layer))
         else:

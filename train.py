@@ -111,7 +111,7 @@ class Pretrain(Common):
 @dataclass
 class Reward(Common):
     steps: int = flag(2000, "optimizer steps", least=1)
-    batch: int = flag(32, "pairs a step; each makes two yes and two no", least=1)
+    batch: int = flag(24, "pairs a step; each makes two yes and two no", least=1)
     lr: float = flag(7e-4, "peak learning rate of AdamW", least=0)
     muon_lr: float = flag(0.005, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
     splices_from: int = flag(500, "step from which splices are shown too, see reward.splice")
