@@ -527,19 +527,19 @@ def train_ppo(cfg, loop, algo=ppo):
 
 class BestState:
     """The rule that keeps PPO safe on any data. Every `eval_every` rollouts the policy is tested on
-    validation pairs, and the best state so far is kept. If the policy has become worse than that,
-    by more than three standard errors of the pairs' differences, it goes back to the best state and
-    the learning rate is halved. At the end the best state meets the base model, each at its own
-    best (w, tau). Unless it is better by more than one standard error, the base model stays."""
+    validation pairs. Its state is kept unless it is worse than the best test so far by more than
+    one standard error of the pairs' differences: the best of noisy tests is often a lucky one. If
+    it is worse by more than three, it goes back to the kept state, at half the learning rate. At
+    the end the kept state meets the base model, each at its own best (w, tau). Unless it is better
+    by more than one standard error, the base model stays."""
 
     def __init__(self, policy, optimizer, test, loop):
         self.policy = policy
         self.optimizer = optimizer
         self.before_after = test
-        n = len(test.sets["validation"][0])
         self.weights = {name: x.detach().cpu().clone() for name, x in policy.state_dict().items()}
-        self.scores = torch.full((n,), -1.0)            # the best's s_g; the base's is above -1
-        self.rollouts = torch.tensor(0)                 # after which the best was tested
+        self.scores = torch.full([len(test.sets["validation"][0])], -1.0)   # the best test's s_g
+        self.rollouts = torch.tensor(0)                 # after which the kept state was tested
         loop.lr_share = self.lr_share = torch.tensor(1.0)
         self.tensors = {f"best.{name}": x for name, x in self.weights.items()}      # for --resume
         self.tensors |= dict(scores=self.scores, rollouts=self.rollouts, lr_share=self.lr_share)
@@ -551,6 +551,7 @@ class BestState:
         gain, error = mean_and_error(scores - self.scores)
         if gain > 0:
             self.scores.copy_(scores)
+        if gain > -error:
             self.rollouts.fill_(step)
             for name, x in self.policy.state_dict().items():
                 self.weights[name].copy_(x)
@@ -561,7 +562,7 @@ class BestState:
         return {"test": report, "lr_share": self.lr_share.item()}
 
     def finish(self, step, reference):
-        """The policy becomes the best state or the base model. -> the (w, tau) to test it at."""
+        """The policy becomes the kept state or the base model. -> the (w, tau) to test it at."""
         halved = round(-self.lr_share.log2().item())
         self.test(step)
         self.policy.load_state_dict(self.weights)
@@ -569,9 +570,8 @@ class BestState:
         if self.rollouts > 0:
             setting, scores = test.best_setting(self.policy)
             gain, error = mean_and_error(torch.from_numpy(scores - test.base_scores))
-        print(f"\nbest on validation pairs: after {self.rollouts} of {step} rollouts, s_g of the "
-              f"{test.referee} judge {100 * gain:+.1f} +- {100 * error:.1f}; learning rate halved "
-              f"{halved} times")
+        print(f"\nkept: after {self.rollouts} of {step} rollouts; s_g of the {test.referee} judge, "
+              f"validation, {100 * gain:+.1f} +- {100 * error:.1f}; lr halved {halved} times")
         if gain > error:
             return setting
         print("not plainly better than the base model: ppo.safetensors holds the base model")

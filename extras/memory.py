@@ -247,7 +247,7 @@ def disk(cfg, vq_cfg):
     """What a run folder of PPO needs, in GB: (its state, all of it at the end, at most).
 
     Weights are the tokenizer in fp32, base model and policy as a checkpoint stores them. The state
-    has fp32 weights, those of the best state so far and Adam's moments. The next state is written
+    has fp32 weights, those of the state that is kept and Adam's moments. The next state is written
     beside the last one, so that a kill or a full disk leaves the last one whole; that is when a
     folder has the most. At the end there is one state, and the policy beside it."""
     with torch.device("meta"):
