@@ -2,8 +2,8 @@
 
     python -m extras.ablation group-0 pair-0            # ARM-SEED ..., from --base runs/tiny
     python -m extras.ablation group-0 group-1 --base "runs/seed{seed}"      # a base of each seed
-    python -m extras.ablation group-0 --lr 4e-4 --runs runs/grid/4e-4 --results runs/grid/4e-4
-    python -m extras.ablation --grid runs/grid/*/*.json                     # which lr is best
+    python -m extras.ablation group-0 --lr 4e-4 --runs runs/4e-4 --results docs/ablation/grid/4e-4
+    python -m extras.ablation --grid docs/ablation/grid/*/*.json         # which lr is best
     python -m extras.ablation --compare docs/ablation/*.json --baseline docs/ablation/group-*.json
     python -m extras.ablation --difference runs/tiny    # how well D_t finds the true difference
 
