@@ -243,7 +243,8 @@ def run_arm(run, args, flags):
     if cfg.judge or cfg.heldout_judge:
         cfg = name_judges(cfg)
     if path.exists():
-        if read_json(path, "result of an arm")["config"] != asdict(cfg):
+        config = read_json(path, "result of an arm")["config"]
+        if config | {"out": cfg.out} != asdict(cfg):
             raise UserError(f"{path}: has other settings; give another --results and --runs")
         print(f"{run}: has its result already, {path}")
         return
