@@ -15,7 +15,7 @@ A run that was stopped goes on; one that has its result is left alone. Further s
 flags too, e.g. --steps 40.
 
 Shapes: P pairs, 2 prompts, G samples a prompt, B = P*2*G sequences, N image tokens of a grid x grid
-image. In a comparison: S seeds, P test pairs.
+image. In a comparison: S seeds.
 """
 import argparse
 import json
@@ -118,18 +118,18 @@ def weights_from_oracle(cfg):
 def own_image_alone(tokens, truth, use):
     """Ground truth without the twin's image. tokens (B, N), truth (P, 2, N), use (P, 2) bool ->
     mixed (B, N), replaced (B,)."""
-    samples = tokens.view(*truth.shape[:2], -1, truth.shape[2]).clone()         # (P, 2, G, N)
-    samples[:, :, 0] = torch.where(use[..., None], truth, samples[:, :, 0])
-    replaced = torch.zeros(samples.shape[:3], dtype=torch.bool, device=tokens.device)
-    replaced[:, :, 0] = use
-    return samples.flatten(0, 2), replaced.flatten()
+    mixed, replaced = ppo.mix_ground_truth(tokens, truth, use)
+    samples = len(tokens) // use.numel()                                        # G
+    own = torch.arange(len(tokens), device=tokens.device) % samples == 0        # (B,)
+    replaced = replaced & own
+    return torch.where(replaced[:, None], mixed, tokens), replaced
 
 
 class Confused:
     """Samples go to pairs whose twins the base model confuses (ours): of twice as many random pairs
-    those with the smallest margins. A pair's margin is how much likelier its two images are
-    by their own prompts than by each other's, in nats. A model that learned "left" for "right" has
-    a negative one. No image is sampled for it; a pair without images comes last."""
+    those with the smallest margins. A pair's margin is how much likelier its two images are by
+    their own prompts than by each other's, in nats. A model that learned "left" for "right" has a
+    negative one. No image is sampled for it; a pair without images comes last."""
     factor = 2
 
     def __init__(self, cfg):

@@ -690,8 +690,7 @@ def test_one_seed_says_nothing_of_the_others():
 @pytest.mark.parametrize("seeds", [2, 5, 10, 14])
 def test_the_interval_holds_the_truth_as_often_as_it_says(seeds):
     """It was once a percentile bootstrap over seeds and pairs, which is too narrow for few seeds:
-    of three it is the lowest to the
-    highest, which holds the truth in three of four cases."""
+    of three it is the lowest to the highest, which holds the truth in three of four cases."""
     values = 0.1 + np.random.default_rng(5).normal(size=(2000, seeds))
     found = [ablation.interval(row) for row in values]
     hits = np.mean([low <= 0.1 <= high for _, low, high in found])
