@@ -485,31 +485,37 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}                  # matrices of one shape are multiplied at once
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"]
-                momentum.lerp_(p.grad, 1 - self.momentum)
-                ahead = p.grad.lerp(momentum, self.momentum)            # Nesterov's look ahead
-                update = orthogonal(ahead, self.dtype)
-                tall = max(1, p.shape[0] / p.shape[1]) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * tall)
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for (height, width), params in alike.items():
+                ahead = torch.stack([self.look_ahead(p) for p in params])       # (n, M, N)
+                tall = max(1, height / width) ** 0.5
+                for p, update in zip(params, orthogonal(ahead, self.dtype)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * tall)
+
+    def look_ahead(self, p):
+        """Nesterov's gradient: p.grad goes into the momentum, and again some way towards it."""
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momentum = self.state[p]["momentum_buffer"]
+        momentum.lerp_(p.grad, 1 - self.momentum)
+        return p.grad.lerp(momentum, self.momentum)
 
 
-def orthogonal(matrix, dtype):
-    """(M, N) -> (M, N) with the same singular vectors and singular values near 1, by five
+def orthogonal(matrices, dtype):
+    """(n, M, N) -> (n, M, N) with the same singular vectors and singular values near 1, by five
     Newton-Schulz steps (kellerjordan.github.io/posts/muon)."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).to(dtype)
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        gram = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, gram, x, beta=3.4445)
-    return x.T if tall else x
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 def muon_and_adamw(modules, cfg):

@@ -456,7 +456,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 def test_muon_is_the_librarys_in_bf16_and_orthogonal_in_fp32():
     torch.manual_seed(0)
-    shapes = [(16, 48), (48, 16), (20, 20)]
+    shapes = [(16, 48), (48, 16), (20, 20), (16, 48)]  # two of a shape: multiplied at once
     ours = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     our_muon = Muon(ours, 0.1, 0.01, torch.bfloat16)
@@ -469,5 +469,5 @@ def test_muon_is_the_librarys_in_bf16_and_orthogonal_in_fp32():
         their_muon.step()
     assert all(a.equal(b) for a, b in zip(ours, theirs))
     for shape in shapes:
-        values = torch.linalg.svdvals(orthogonal(torch.randn(shape), torch.float32))
+        values = torch.linalg.svdvals(orthogonal(torch.randn(2, *shape), torch.float32))
         assert 0.4 < values.min() and values.max() < 1.3
