@@ -255,8 +255,8 @@ def from_pixels(images, device="cpu"):
 
 
 def vq_batch_size(cfg):
-    """Images at once: about 1 GB an activation. 256 of PairWorld's, a dozen of 384x384 pixels."""
-    return min(256, max(1, 2 ** 28 // ((cfg.image_size // cfg.patch) ** 2 * cfg.ch)))
+    """Images at once: about 1 GB an activation, and at most 64: more leave a CPU's cache."""
+    return min(64, max(1, 2 ** 28 // ((cfg.image_size // cfg.patch) ** 2 * cfg.ch)))
 
 
 @torch.no_grad()

@@ -93,8 +93,8 @@ def test_batches_change_nothing(vq):
 
 
 def test_a_batch_of_the_tokenizer_shrinks_with_the_image():
-    """PairWorld's images go through by the hundred, those of the real weights by the dozen."""
-    assert tk.vq_batch_size(VQConfig()) == 256
+    """PairWorld's images go through many at once, those of the real weights by the dozen."""
+    assert tk.vq_batch_size(VQConfig()) == 64
     assert 1 <= tk.vq_batch_size(VQConfig.janus()) <= 16
 
 
