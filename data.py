@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw
 
 from common import UserError, read_json
 
-
 SPLITS = ("train", "validation", "test")
 TEST_PAIRS = 120        # most pairs of a file that are held out for the test
 LEAST_PAIRS = 16        # fewest pairs of which some are held out

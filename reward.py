@@ -265,14 +265,10 @@ def judge_loss(network, images, prompts, third=None):
 
 
 def calibration_error(probability, truth, bins=10):
-    """Expected calibration error of two (M,) arrays: over equal intervals of P(yes), the mean of
-    |mean P(yes) - share of yes|, each interval weighted by its answers."""
+    """Expected calibration error of two (M,) arrays: over equal intervals of P(yes), |mean P(yes) -
+    share of yes|, each interval weighted by its answers."""
     interval = np.minimum((probability * bins).astype(int), bins - 1)
-    total = 0.0
-    for i in np.unique(interval):
-        inside = interval == i
-        total += abs(probability[inside].mean() - truth[inside].mean()) * inside.sum()
-    return float(total / len(probability))
+    return float(np.abs(np.bincount(interval, probability - truth)).sum() / len(truth))
 
 
 def judge_report(judge, images, pairs):
