@@ -141,26 +141,35 @@ def paircomp(images, pairs, judges, measure=None):
 
 
 # -- Images of a policy ----------------------------------------------------------------------------
+def image_noise(model, n, seed):
+    """What decides the tokens of n images, (N, n) for `generate`. 64 images share a stream, made of
+    (seed, number of the stream), whatever the batch in which they are sampled."""
+    device, parts = model.embed_tokens.weight.device, []
+    for number, start in enumerate(range(0, n, 64)):
+        state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator(device).manual_seed(int(state >> 1))
+        shape = model.cfg.n_image, min(64, n - start)
+        parts.append(torch.rand(shape, generator=generator, device=device))
+    return torch.cat(parts, 1)
+
+
 def image_chunks(model, vq, prompts, per_prompt, guidance, temperature, seed, batch=64,
                  wanted=None):
     """Images of R prompts, about `batch` at a time. Yields (indices of the prompts, images
-    (r, K, H, W, 3) uint8).
-
-    A chunk's randomness follows from (seed, number of the chunk) alone, so that a chunk can be left
-    out, wanted(indices) = False, without a change in the others."""
-    device = model.embed_tokens.weight.device
+    (r, K, H, W, 3) uint8). A chunk can be left out, wanted(indices) = False, without a change in
+    the others."""
     model.prompt_ids(prompts)           # one that is too long is an error now, not half way
+    noise = image_noise(model, len(prompts) * per_prompt, seed)         # (N, R*K)
     batch = min(batch, len(prompts) * per_prompt)
     step = max(1, batch // per_prompt)
-    for chunk, start in enumerate(range(0, len(prompts), step)):
+    for start in range(0, len(prompts), step):
         indices = range(start, min(start + step, len(prompts)))
         if wanted and not wanted(indices):
             continue
-        state = np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator(device).manual_seed(int(state >> 1))
         ids = model.prompt_ids([prompts[i] for i in indices])
+        columns = noise[:, start * per_prompt:(start + step) * per_prompt]
         tokens, _ = generate(model, ids, empty_ids(model), per_prompt, guidance, temperature,
-                             generator, batch)                          # (r*K, N)
+                             batch=batch, noise=columns)                # (r*K, N)
         images = decode_ids(vq, tokens)
         yield indices, rearrange(images, "(r k) h w c -> r k h w c", k=per_prompt)
 
@@ -268,7 +277,7 @@ class BeforeAfter:
         if self.cfg.data or measure is None:            # the oracle reads PairWorld alone
             judges = {name: judge for name, judge in judges.items() if name != "oracle"}
         cfg = SimpleNamespace(guidance=guidance, temperature=temperature, seed=self.cfg.seed)
-        at_once = batch or 8 * self.cfg.microbatch or 64
+        at_once = batch or 8 * self.cfg.microbatch or 192
         return benchmark(model, self.vq, judges, pairs, cfg, at_once, progress, measure)
 
     def quick(self, model):

@@ -255,23 +255,26 @@ KEYS = 16       # in sight of a decoding step: the slots so far, rounded up to a
 
 
 def generate(model, prompts, empty, samples=1, guidance=1.0, temperature=1.0, generator=None,
-             batch=0):
+             batch=0, noise=None):
     """Sample images. prompts (R, T) int64, padded at the end; empty (1, E) or None as from
-    `empty_ids`; batch: most sequences at once, to fit their cache, 0 for all.
+    `empty_ids`; batch: most sequences at once, to fit their cache, 0 for all; noise (N, R*G)
+    uniform in [0, 1): what decides each token, whatever the batch; None draws it.
 
     Returns tokens (R*G, N) int64 and the log-probs (R*G, N) fp32 that they were sampled with.
     Sample g of prompt r is row r*G + g."""
+    if noise is None:
+        shape = model.cfg.n_image, len(prompts) * samples
+        noise = torch.rand(shape, generator=generator, device=prompts.device)
     at_once = max(1, batch // samples) if batch else len(prompts)
     drawn = []
     with torch.inference_mode(), model.autocast():
-        for part in prompts.split(at_once):
-            n = len(part) * samples
-            noise = torch.rand(model.cfg.n_image, n, generator=generator, device=prompts.device)
+        for part, columns in zip(prompts.split(at_once), noise.split(at_once * samples, 1)):
+            n = columns.shape[1]
             if "graph" in model.running and batch:      # a shorter batch would be another graph
                 missing = at_once - len(part)
                 part = torch.cat([part, part[-1:].expand(missing, -1)])
-                noise = F.pad(noise, (0, missing * samples))            # (N, at_once*G)
-            tokens, logprobs = decode(model, part, empty, samples, guidance, temperature, noise)
+                columns = F.pad(columns, (0, missing * samples))        # (N, at_once*G)
+            tokens, logprobs = decode(model, part, empty, samples, guidance, temperature, columns)
             drawn.append((tokens[:n], logprobs[:n]))
     # Outside of inference mode: training may use them.
     return tuple(torch.cat(column) for column in zip(*drawn))

@@ -583,12 +583,10 @@ def open_judges(cfg, device):
     """{"train", "heldout", "oracle": judge}: the run's own, or --judge and --heldout-judge. With
     --judge alone nobody is held out, and the oracle reads PairWorld alone."""
     judges = {} if cfg.judge else load_judges(cfg.out, device)
-    if cfg.judge or cfg.heldout_judge:
-        from extras.judges import open_judges as open_elsewhere
-    if cfg.judge:
-        judges["train"] = open_elsewhere(cfg.judge, device)
-    if cfg.heldout_judge:
-        judges["heldout"] = open_elsewhere([cfg.heldout_judge], device)
+    for name, specs in {"train": cfg.judge, "heldout": [cfg.heldout_judge]}.items():
+        if any(specs):
+            from extras.judges import open_judges as open_elsewhere
+            judges[name] = open_elsewhere(specs, device)
     return judges | {"oracle": OracleJudge()}
 
 
@@ -756,17 +754,6 @@ def begin_folder(cfg, preset):
     write_json(path, {"preset": preset} | config)
 
 
-def peak_memory():
-    """The process' largest resident size so far, where the system knows it."""
-    try:
-        import resource
-    except ImportError:                 # Windows
-        return ""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f", peak memory {peak / 2 ** 30:.2f} GB"
-
-
 def train_stages(stage, cfg, preset, resume):
     """What is missing, then the stage."""
     weights = Path(cfg.out) / f"{stage}.safetensors"
@@ -786,7 +773,7 @@ def train_stages(stage, cfg, preset, resume):
         began = time.time()
         with Loop(name, own, resume) as loop:
             TRAIN[name](own, loop)
-        print(f"{name}: done in {(time.time() - began) / 60:.1f} min{peak_memory()}")
+        print(f"{name}: done in {(time.time() - began) / 60:.1f} min")
 
 
 def main(argv=None):

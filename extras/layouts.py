@@ -170,14 +170,14 @@ def write_layout(args):
     device = pick_device(args.device)
     vq, model = load_policy(args.run, args.policy, device, compile=args.compile)
     fill_sampling(args, model)
-    settings = args.guidance, args.temperature, args.seed, args.batch
+    settings = args.guidance, args.temperature, args.seed
     same_settings(out, model, prompts, *settings)
     for task in tasks:
         for file, text in task.texts.items():
             make_folder((out / file).parent)
             write_atomically(out / file, text.encode())
     combine = list if args.layout != "dpg" else lambda images: [as_grid(images)]
-    made = generate_files(model, vq, prompts, files, n, *settings, combine)
+    made = generate_files(model, vq, prompts, files, n, *settings, args.batch, combine)
     total = sum(map(len, files))
     print(f"{made} files made, {total - made} were there, for {len(tasks)} prompts in {out}")
     quoted = shlex.quote(str(out.resolve()))

@@ -159,7 +159,7 @@ def generate_files(model, vq, prompts, files, per_prompt, guidance, temperature,
     return made
 
 
-def same_settings(folder, model, prompts, guidance, temperature, seed, batch):
+def same_settings(folder, model, prompts, guidance, temperature, seed):
     """UserError if a folder's images were made by another policy, for other prompts or with other
     settings: images that are there are skipped, and a folder of two models' images would look like
     a result. FOLDER.settings.json, beside it, remembers."""
@@ -168,7 +168,7 @@ def same_settings(folder, model, prompts, guidance, temperature, seed, batch):
     weights = model.norm.weight, model.gen_head[-1].bias                # every training moves them
     settings = {"weights": digest([tensor_bytes(w) for w in weights]),
                 "prompts": digest([json.dumps(prompts).encode()]),
-                "guidance": guidance, "temperature": temperature, "seed": seed, "batch": batch}
+                "guidance": guidance, "temperature": temperature, "seed": seed}
     folder = Path(folder)
     path = folder.with_name(folder.name + ".settings.json")
     if path.is_file():
@@ -194,8 +194,7 @@ def run_generate(args):
     device = pick_device(args.device)
     vq, model = load_policy(args.run, args.policy, device, compile=args.compile)
     fill_sampling(args, model)
-    same_settings(args.images, model, prompts, args.guidance, args.temperature, args.seed,
-                  args.batch)
+    same_settings(args.images, model, prompts, args.guidance, args.temperature, args.seed)
     files = [[image_path(args.images, i // 2, i % 2, k) for k in range(IMAGES_PER_PROMPT)]
              for i in range(len(prompts))]
     made = generate_files(model, vq, prompts, files, IMAGES_PER_PROMPT, args.guidance,
