@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -64,7 +65,9 @@ def read_json(path, what):
 
 def replace_file(path, write):
     """A file that is there whole or not at all. write(temporary path) writes it beside the old
-    one, then it is synced and renamed."""
+    one, then it is synced and renamed. Of several processes the first one writes."""
+    if not leads():
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -105,8 +108,11 @@ def make_folder(path):
 
 @contextmanager
 def only_process(folder):
-    """The run folder is this process' alone. UserError if another one trains there. The lock goes
-    with the process, so that a kill leaves none behind."""
+    """The run folder is this process' alone, or that of the processes of one torchrun. UserError if
+    another run trains there. The lock goes with the process, so that a kill leaves none behind."""
+    if not leads():
+        yield
+        return
     with open(Path(folder) / ".lock", "a") as file:
         try:
             if fcntl:
@@ -119,16 +125,61 @@ def only_process(folder):
         yield
 
 
+# -- Several processes -----------------------------------------------------------------------------
+# torchrun starts the same script several times. Each process does its share of the rows, all see
+# all results and decide alike, and the first one writes. extras/several.py: what they tell each
+# other.
+
+def world():
+    """(the number of this process, how many there are): 0, 1 without torchrun."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+def leads():
+    return world()[0] == 0
+
+
+def share(n):
+    """Which of n rows are this process' to do: a slice, all of them without torchrun."""
+    rank, size = world()
+    return slice(n * rank // size, n * (rank + 1) // size)
+
+
+def gather(n, own):
+    """The rows `share(n)` of a tensor, from each process -> all n rows, in each process."""
+    return own if world()[1] == 1 else several().gather_rows(n, own)
+
+
+def total(x):
+    """The sum of a tensor over the processes, in each process."""
+    return x if world()[1] == 1 else several().add_up(x)
+
+
+def whole(x):
+    """A tensor, or one that is split among the processes (--shard) -> all of it, in each."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def like(x, own):
+    """A whole tensor, split as `own` is."""
+    return several().split_like(x, own) if hasattr(own, "full_tensor") else x
+
+
+def several():
+    from extras import several
+    return several
+
+
 # -- Weights ---------------------------------------------------------------------------------------
-def tensor_bytes(tensor):
-    """A tensor of any dtype, on any device -> the bytes of its rows (numpy has no bf16)."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+def trained(module):
+    """{name: parameter} of what is trained: with --lora the adapter alone."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def save_weights(path, tensors, **metadata):
     """{name: tensor} and JSON-able metadata -> a safetensors file."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors = {k: whole(v.detach()).cpu().contiguous() for k, v in tensors.items()}
     # All metadata under one key, because the order of several would change from run to run.
     metadata = {"nanofocusdiff": json.dumps(metadata)}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -170,7 +221,7 @@ def load_strictly(module, tensors, path, assign=False):
             bad.append(f"{k} is {tuple(tensors[k].shape)}, should be {tuple(own[k].shape)}")
     if bad:
         raise UserError(f"{path}: does not fit this {type(module).__name__}: {'; '.join(bad)}")
-    module.load_state_dict(tensors, assign=assign)
+    module.load_state_dict({k: like(v, own[k]) for k, v in tensors.items()}, assign=assign)
     return module
 
 
@@ -221,32 +272,26 @@ def step_random(cfg, stage, step, device="cpu"):
 
 
 def schedule(cfg, step):
-    """Share of the peak learning rate: rises over cfg.warmup steps, stays, and falls towards 0
-    over the last cfg.decay (a share) of the steps."""
-    rise = (step + 1) / max(1, cfg.warmup)
+    """Share of the peak learning rate: rises over cfg.warmup steps (or, below 1, that share of the
+    steps), stays, and falls towards 0 over the last cfg.decay (a share) of the steps."""
+    warmup = cfg.warmup * cfg.steps if cfg.warmup < 1 else cfg.warmup
+    rise = (step + 1) / max(1, warmup)
     fall = (cfg.steps - step) / max(1, cfg.decay * cfg.steps)
     return min(1, rise, fall)
 
 
 # -- The loop --------------------------------------------------------------------------------------
 # What may change between a run and its resumption: where the folder is, and what fits in memory.
-FREE_TO_CHANGE = ("out", "microbatch", "compile")
+FREE_TO_CHANGE = ("out", "microbatch", "compile", "shard")
 
 
 def same_setting(name, one, other):
     """Whether a resumed run may have the value `other` for `one`. Of a judge URL#MODEL the model
     counts, not the address."""
-    if name in FREE_TO_CHANGE:
-        return True
     if name in ("judge", "heldout_judge"):
-        return judge_models(one) == judge_models(other)
-    return one == other
-
-
-def judge_models(specs):
-    """A judge URL#MODEL, or several -> their models; a judge without one stands for itself."""
-    specs = [specs] if isinstance(specs, str) else specs or []
-    return [spec.partition("#")[2] or spec for spec in specs]
+        one, other = ([spec.partition("#")[2] or spec for spec in np.atleast_1d(specs or [])]
+                      for specs in (one, other))
+    return name in FREE_TO_CHANGE or one == other
 
 
 class Loop:
@@ -268,7 +313,7 @@ class Loop:
         self.stage = stage
         self.cfg = cfg
         self.path = Path(cfg.out) / f"{stage}.state"
-        self.log_path = Path(cfg.out) / "log.jsonl"
+        self.log_path = Path(cfg.out) / "log.jsonl" if leads() else Path(os.devnull)
         self.first = 0                  # the first step that is still to do
         self.saved = 0                  # the last one that a state is saved of
         self.step = None                # the one under way
@@ -323,16 +368,17 @@ class Loop:
             part, name = key.split("|", 1)
             parts.setdefault(part, {})[name] = value
         for name, module in self.modules.items():
-            load_strictly(module, parts.get(name, {}), self.path)
+            load_strictly(module, module.state_dict() | parts.get(name, {}), self.path)
         for n, optimizer in enumerate(self.optimizers):
-            state = {}
+            state, params = {}, [p for group in optimizer.param_groups for p in group["params"]]
             for key, value in parts.get(f"optimizer{n}", {}).items():
                 i, name = key.split(".", 1)
+                value = like(value, params[int(i)]) if value.dim() else value   # a step's number
                 state.setdefault(int(i), {})[name] = value
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         for name, tensor in self.extra.items():
-            tensor.copy_(parts["extra"][name])
+            tensor.copy_(like(parts["extra"][name], tensor))
         self.first = self.saved = meta["step"]
         self.seconds = meta["seconds"]
 
@@ -340,7 +386,7 @@ class Loop:
         """The state before `step`: everything that --resume needs."""
         tensors = {f"extra|{k}": v for k, v in self.extra.items()}
         for name, module in self.modules.items():
-            tensors |= {f"{name}|{k}": v for k, v in module.state_dict().items()}
+            tensors |= {f"{name}|{k}": v for k, v in trained(module).items()}
         for n, optimizer in enumerate(self.optimizers):
             for i, state in optimizer.state_dict()["state"].items():
                 for k, v in state.items():
@@ -397,12 +443,14 @@ class Loop:
             self.changed = False
             yield step
             self.bar.update()
-            if self.interrupted or time.time() > next_save or step + 1 == self.cfg.steps:
+            wishes = torch.tensor([self.interrupted, time.time() > next_save]).float()
+            interrupted, due = total(wishes).tolist()           # one process' wish is everybody's
+            if interrupted or due or step + 1 == self.cfg.steps:
                 began = time.time()
                 self.save(step + 1)
                 took = time.time() - began
                 next_save = time.time() + max(SAVE_SECONDS, took / SAVE_SHARE)
-            if self.interrupted:
+            if interrupted:
                 raise Stopped(f"stopped after step {step + 1} of {self.stage}; nothing is lost, go "
                               "on with the same command and --resume")
         self.step = None
@@ -414,8 +462,9 @@ class Loop:
         for optimizer, peaks in zip(self.optimizers, self.peaks):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * share
-        norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), GRAD_CLIP)
-                 for module in self.modules.values()]
+        alone = world()[1] == 1
+        clip = torch.nn.utils.clip_grad_norm_ if alone else several().add_up_and_clip
+        norms = [clip(module.parameters(), GRAD_CLIP) for module in self.modules.values()]
         norm = torch.stack(norms).max()
         self.diverged = not math.isfinite(norm.item())
         if self.diverged:
@@ -447,6 +496,8 @@ class Loop:
 
     def finish(self):
         """The stage's weights are on disk: its state is needed no more."""
+        if not leads():
+            return
         self.path.with_suffix(".before").unlink(missing_ok=True)        # of BeforeAfter
         self.path.unlink(missing_ok=True)
 

@@ -112,9 +112,9 @@ def read_pairs(path, size):
     """FocusDiff-Data's JSON file -> PairSet. UserError says which pair lacks what.
 
     image1 and image2 may both be null or left out: a pair without images, for which PPO samples and
-    which the other stages skip. Every image is looked for now and opened when it is used. Optional
-    "category" and "split" are kept. All pairs are served; the official reader serves the first
-    half."""
+    which the other stages skip. prompt1 may be prompt2: an unpaired prompt, whose pool "over the
+    pair" is the group of GRPO. Every image is looked for now and opened when it is used. Optional
+    "category" and "split" are kept. The official reader serves the first half of the pairs."""
     entries = read_json(path, "FocusDiff-Data pairs")
     if not isinstance(entries, list) or not entries:
         found = type(entries).__name__ if entries else "an empty list"
@@ -203,21 +203,6 @@ def check_pair(path, i, entry):
             raise UserError(f"{path}: pair {i}: image {file} does not exist; image paths are "
                             "relative to the folder of the JSON file")
     return files
-
-
-def read_prompts(path):
-    """A text file of unpaired prompts, one a line -> PairSet without images.
-
-    An unpaired prompt is a pair with itself. Its pool "over the pair" is then the group of GRPO,
-    and nothing after this line needs to know."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read as a text file, a prompt a line ({e})") from e
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{path}: holds no prompt")
-    return PairSet([(line, line) for line in lines], [None] * len(lines), [""] * len(lines))
 
 
 # -- Prompts as ids, images for people -------------------------------------------------------------

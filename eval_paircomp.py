@@ -15,10 +15,7 @@ everything that their prompts name. *Pair accuracy* asks less: in how many pairs
 the attribute in which the prompts *differ* right off all 2K images. Scores are 0..1 in files and
 x100 in tables.
 
-On own images (train.py --data) the oracle is the set of images itself, and learns nothing either.
-*Exact*: in how many samples the nearest image of the set, pixel by pixel, is the prompt's own.
-*Choice*: in how many it is nearer to the own image than to the twin's. *Pair accuracy*: in how many
-pairs that holds for all 2K samples.
+On own images (train.py --data) the oracle is the set of images itself: extras/own_images.py.
 
 Shapes: P pairs, 2 prompts, K images a prompt, R prompts, N tokens, H W image.
 """
@@ -32,15 +29,15 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from common import UserError, load_weights, make_folder, save_weights, write_atomically
-from data import TEST_PAIRS, image_grid, load_image, read_splits
+from common import UserError, gather, leads, load_weights, make_folder, save_weights, share
+from common import write_atomically
+from data import TEST_PAIRS, image_grid, read_splits
 from model import empty_ids, generate
 from pairworld import ATTRIBUTES, CATEGORIES, different_attributes, pairworld, read_scene
 from tokenizer import decode_ids
 
 IMAGES_PER_PROMPT = 2                   # K of the official protocol
 VALIDATION_PAIRS = 48                   # at most; what PPO's rule and the choice of (w, tau) see
-GALLERY = 4000                          # most images of a set that samples are compared with
 TEMPERATURES = (1.0, 0.6, 0.4)          # of which each model has its best
 
 
@@ -87,30 +84,6 @@ def pair_accuracy(images, prompts):
     return out
 
 
-def nearest_images(images, own, gallery):
-    """The oracle of own images. images (P, 2, K, H, W, 3) uint8, own (P, 2, H, W, 3), gallery
-    (M, H, W, 3): the images of the set -> {"exact", "choice": shares of a pair's samples,
-    "pair_accuracy": 0 or 1}, (P,) each."""
-    def flat(x):
-        return x.reshape(-1, own[0, 0].size).astype(np.float32) / 255
-
-    def distance(a, b):                                 # (.., D), (.., D), broadcast -> (..)
-        return np.square(a - b).mean(-1)
-
-    n_pairs, _, k = images.shape[:3]
-    shown = flat(images).reshape(n_pairs, 2, k, -1)     # (P, 2, K, D)
-    target = flat(own).reshape(n_pairs, 2, 1, -1)       # (P, 2, 1, D)
-    to_own = distance(shown, target)                    # (P, 2, K)
-    chosen = to_own < distance(shown, target[:, ::-1])
-    known = flat(gallery)                               # (M, D)
-    squares = np.square(known).mean(-1)                 # |a - b|^2 without the |a|^2 of the sample
-    nearest = (squares - 2 / known.shape[1] * flat(images) @ known.T).min(-1)       # (P*2*K,)
-    nearest = nearest.reshape(to_own.shape) + np.square(shown).mean(-1)
-    exact = to_own <= nearest + 1e-6
-    return {"exact": exact.mean((1, 2)), "choice": chosen.mean((1, 2)),
-            "pair_accuracy": chosen.all((1, 2)).astype(float)}
-
-
 def paircomp(images, pairs, judges, measure=None):
     """images (P, 2, K, H, W, 3) uint8, a PairSet, {name: judge} -> {name: summarize(...), ...,
     "pairs": what was averaged}. measure(images) -> {name: values (P,)}, of an oracle; their means
@@ -118,9 +91,10 @@ def paircomp(images, pairs, judges, measure=None):
     k = images.shape[2]
     flat = rearrange(images, "p i k h w c -> (p i k) h w c")
     prompts = [prompt for prompt in pairs.flat_prompts() for _ in range(k)]
-    report, raw = {}, {}
+    report, raw, own = {}, {}, share(len(flat))
     for name, judge in judges.items():
-        scores = judge.score(flat, prompts).view(len(pairs), 2 * k).numpy()
+        scores = gather(len(flat), judge.score(flat[own], prompts[own]))
+        scores = scores.view(len(pairs), 2 * k).numpy()
         known = np.isfinite(scores).all(1)              # NaN: the judge could not answer
         if not known.all():
             print(f"{name} judge: no answer to {np.isnan(scores).sum()} images; of its averages "
@@ -155,19 +129,19 @@ def image_noise(model, n, seed):
 
 def image_chunks(model, vq, prompts, per_prompt, guidance, temperature, seed, batch=64,
                  wanted=None):
-    """Images of R prompts, about `batch` at a time. Yields (indices of the prompts, images
-    (r, K, H, W, 3) uint8). A chunk can be left out, wanted(indices) = False, without a change in
-    the others."""
+    """Images of this process' share of R prompts, about `batch` at a time. Yields (indices of the
+    prompts, images (r, K, H, W, 3) uint8). A chunk can be left out, wanted(indices) = False."""
     model.prompt_ids(prompts)           # one that is too long is an error now, not half way
     noise = image_noise(model, len(prompts) * per_prompt, seed)         # (N, R*K)
-    batch = min(batch, len(prompts) * per_prompt)
+    own = share(len(prompts))
+    batch = min(batch, (own.stop - own.start) * per_prompt)
     step = max(1, batch // per_prompt)
-    for start in range(0, len(prompts), step):
-        indices = range(start, min(start + step, len(prompts)))
+    for start in range(own.start, own.stop, step):
+        indices = range(start, min(start + step, own.stop))
         if wanted and not wanted(indices):
             continue
         ids = model.prompt_ids([prompts[i] for i in indices])
-        columns = noise[:, start * per_prompt:(start + step) * per_prompt]
+        columns = noise[:, start * per_prompt:indices.stop * per_prompt]
         tokens, _ = generate(model, ids, empty_ids(model), per_prompt, guidance, temperature,
                              batch=batch, noise=columns)                # (r*K, N)
         images = decode_ids(vq, tokens)
@@ -183,7 +157,7 @@ def generate_images(model, vq, prompts, per_prompt, guidance, temperature, seed,
         out.append(images)
         if progress:
             progress(len(indices))
-    return np.concatenate(out)
+    return gather(len(prompts), torch.from_numpy(np.concatenate(out))).numpy()
 
 
 # -- Before and after PPO --------------------------------------------------------------------------
@@ -201,26 +175,6 @@ def measure_pairworld(pairs):
     return lambda images: {"pair_accuracy": pair_accuracy(images, pairs.prompts)}
 
 
-def measure_own(pairs, gallery):
-    """That of own images, or None if a pair has none."""
-    if not pairs.has_images().all():
-        return None
-    own = pairs.load(np.arange(len(pairs)))
-    return lambda images: nearest_images(images, own, gallery)
-
-
-def load_gallery(train, held_out):
-    """The images that samples are compared with: all of the held-out sets, and of the training
-    pairs as many as GALLERY, each once, by chance -> (M, H, W, 3) uint8."""
-    files = list(dict.fromkeys(file for two in train.images if two for file in two))
-    shown = np.random.default_rng(0).permutation(len(files))[:GALLERY]
-    images = [load_image(files[i], train.size)[None] for i in shown]
-    for pairs in held_out:
-        loaded = pairs.load(np.flatnonzero(pairs.has_images()))         # (P, 2, H, W, 3)
-        images.append(loaded.reshape(-1, *loaded.shape[2:]))
-    return np.concatenate(images)
-
-
 def held_out_sets(cfg, size):
     """{"validation", "test": (PairSet, its measure)} of a PPO run: held-out pairs of --data or of
     PairWorld. --test has other prompts for the test, which no oracle reads."""
@@ -228,6 +182,7 @@ def held_out_sets(cfg, size):
         splits = read_splits(cfg.data, size)
         sets = {name: splits[name].select(range(min(most, len(splits[name]))))
                 for name, most in (("validation", VALIDATION_PAIRS), ("test", TEST_PAIRS))}
+        from extras.own_images import load_gallery, measure_own
         gallery = load_gallery(splits["train"], sets.values())
         sets = {name: (pairs, measure_own(pairs, gallery)) for name, pairs in sets.items()}
     else:
@@ -327,7 +282,8 @@ class BeforeAfter:
                   "base_setting": self.base_setting, "ppo_setting": setting}
         write_atomically(out / "paircomp.json", json.dumps(result).encode())
         path = out / "samples" / "before_after.png"
-        self.draw(path, images[self.picks, :, 0])
+        if leads():
+            self.draw(path, images[self.picks, :, 0])
         print("best (w, tau) on validation pairs: base {:g}, {:g}; ppo {:g}, {:g}".format(
             *self.base_setting, *setting))
         print(format_before_after(self.base, ppo))

@@ -17,6 +17,7 @@ K of them in sight, V image codes, C width, H heads, D head width, R distinct pr
 each, rows = R*G, and twice as many with guidance.
 """
 import functools
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, load_module, read_json, save_weights, uses_bf16
+from common import UserError, load_module, read_json, save_weights, several, trained, uses_bf16
 from pairworld import TextTokens
 from tokenizer import VQConfig, VQModel
 
@@ -122,7 +123,8 @@ class ImageModel(nn.Module):
     recompute: a layer's activations are made again in the backward instead of being kept.
     bf16: matrices multiply in bf16, in sampling and scoring alike.
     running: "eager"; "graph", a decoding step is a CUDA graph; "compile", layers run by
-    torch.compile, in decoding and in scoring; "compile, graph"."""
+    torch.compile, in decoding and in scoring; "compile, graph"; "sharded", see extras/several.py.
+    lora: the rank of its adapter, see extras/lora.py."""
 
     def __init__(self, cfg, text=None):
         super().__init__()
@@ -131,6 +133,7 @@ class ImageModel(nn.Module):
         self.recompute = False
         self.bf16 = False
         self.running = "eager"
+        self.lora = 0
         self.graphed = None             # extras.cuda_graph.GraphedStep of the last batch
         self.stored = {}                # {name: dtype} of the file; see `save_policy`
         c = cfg.n_embd
@@ -170,7 +173,7 @@ class ImageModel(nn.Module):
         (one a layer), slot and mask as in `Attention`."""
         # Prompts are read once a rollout, which is not worth a compilation.
         compiled = "compile" in self.running and (caches is None or slot is not None)
-        forward = compiled_layer() if compiled else Layer.forward
+        forward = compiled_layer() if compiled else Layer.__call__
         x = x.clone() if compiled else x        # for a view dynamo would compile again
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
@@ -266,8 +269,9 @@ def generate(model, prompts, empty, samples=1, guidance=1.0, temperature=1.0, ge
         shape = model.cfg.n_image, len(prompts) * samples
         noise = torch.rand(shape, generator=generator, device=prompts.device)
     at_once = max(1, batch // samples) if batch else len(prompts)
+    layers = several().gathered(model) if model.running == "sharded" else nullcontext()
     drawn = []
-    with torch.inference_mode(), model.autocast():
+    with torch.no_grad(), model.autocast(), layers:
         for part, columns in zip(prompts.split(at_once), noise.split(at_once * samples, 1)):
             n = columns.shape[1]
             if "graph" in model.running and batch:      # a shorter batch would be another graph
@@ -276,7 +280,6 @@ def generate(model, prompts, empty, samples=1, guidance=1.0, temperature=1.0, ge
                 columns = F.pad(columns, (0, missing * samples))        # (N, at_once*G)
             tokens, logprobs = decode(model, part, empty, samples, guidance, temperature, columns)
             drawn.append((tokens[:n], logprobs[:n]))
-    # Outside of inference mode: training may use them.
     return tuple(torch.cat(column) for column in zip(*drawn))
 
 
@@ -489,7 +492,9 @@ def load_policy(run, policy, device, dtype=None, compile=None):
     run = Path(run)
     device = torch.device(device)
     vq = load_module(run / "tokenizer.safetensors", VQModel, VQConfig, device)
-    model = load_module(run / f"{policy}.safetensors", ImageModel, ModelConfig, device)
+    adapter = policy == "ppo" and run_settings(run, "ppo").get("lora")
+    name = "pretrain" if adapter else policy
+    model = load_module(run / f"{name}.safetensors", ImageModel, ModelConfig, device)
     if (run / "text.json").exists():
         from extras.janus import JanusText
         model.text = JanusText(run / "text.json")
@@ -507,10 +512,16 @@ def load_policy(run, policy, device, dtype=None, compile=None):
     model.bf16 = uses_bf16(dtype or trained.get("dtype", "auto"), device)
     model.running = how_to_run(compile or trained.get("compile", "auto"), device)
     model.gen_head.float()
-    return vq, model if model.bf16 else model.float()
+    model = model if model.bf16 else model.float()
+    if adapter:
+        from extras.lora import load_adapter
+        model = load_adapter(model, run / "ppo.safetensors")
+    return vq, model
 
 
 def save_policy(run, policy, model):
-    """A model -> RUN/POLICY.safetensors, each weight in the dtype in which it was loaded."""
-    tensors = {k: v.to(model.stored.get(k, v.dtype)) for k, v in model.state_dict().items()}
-    save_weights(Path(run) / f"{policy}.safetensors", tensors, config=asdict(model.cfg))
+    """A model -> RUN/POLICY.safetensors, each weight in the dtype in which it was loaded. Of one
+    with an adapter that alone."""
+    tensors = {k: v.to(model.stored.get(k, v.dtype)) for k, v in trained(model).items()}
+    adapter = {"lora": model.lora} if model.lora else {}
+    save_weights(Path(run) / f"{policy}.safetensors", tensors, config=asdict(model.cfg), **adapter)

@@ -10,28 +10,19 @@ docs/plain_words.md has all this in plain words, with a worked example.
 Shapes: P pairs, 2 prompts, G samples a prompt, B = P*2*G sequences in the flat order (pair, prompt,
 sample), N image tokens.
 """
-import numpy as np
 import torch
 
 from model import prompt_divergence     # noqa: F401  part of the objective, for forks to replace
 
-PROMPTS_SHARE = 0.25    # share of a rollout's pairs that are unpaired prompts, with --prompts
 STD_FLOOR = 0.05        # added to a pool's standard deviation: noise of a flat pool stays small
 WEIGHT_CAP = 5.0        # largest difference-aware weight
 POOLS = {"pair": (1, 2), "group": (2,)}     # --advantage: dimensions of (P, 2, G) in one pool
 
 
-def draw_pairs(rng, pairs, unpaired, n):
-    """n random pairs: their indices (n,), their prompts, and which of them have images (n,). Some
-    are replaced by an unpaired prompt, which is a pair with itself."""
+def draw_pairs(rng, pairs, n):
+    """n random pairs: their indices (n,), their prompts, and which of them have images (n,)."""
     chosen = rng.integers(len(pairs), size=n)
-    prompts = [pairs.prompts[i] for i in chosen]
-    has_images = pairs.has_images()[chosen]
-    if unpaired is not None:
-        for p in np.flatnonzero(rng.random(n) < PROMPTS_SHARE):
-            prompts[p] = unpaired.prompts[rng.integers(len(unpaired))]
-            has_images[p] = False
-    return chosen, prompts, has_images
+    return chosen, [pairs.prompts[i] for i in chosen], pairs.has_images()[chosen]
 
 
 def ground_truth_probability(step, full_until, low_at, zero_at, low=0.25):
@@ -129,7 +120,7 @@ def k3(ref_logprobs, logprobs):
     return r.exp() - r - 1
 
 
-def ppo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip, beta, replaced):
+def ppo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip, beta):
     """The clipped objective (Schulman et al. 2017, eq. 7) and the KL penalty (GRPO, eq. 4):
 
         ratio_t = exp(log pi(o_t) - log pi_old(o_t))
@@ -138,8 +129,7 @@ def ppo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip, beta, repla
     The minimum ends the gradient where the ratio has gone the good way by more than eps: above
     1 + eps for A > 0, below 1 - eps for A < 0. On the other side it lets the policy come back.
 
-    All (b, N), advantages perhaps (b, 1); replaced (b,) bool marks ground truth, whose k3 is logged
-    apart. -> (loss, {name: value})."""
+    All (b, N), advantages perhaps (b, 1) -> (loss, {name: value})."""
     logratio = (logprobs - old_logprobs).clamp(-20, 20)                 # exp(90) * 0 would be NaN
     ratio = logratio.exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -150,6 +140,4 @@ def ppo_loss(logprobs, old_logprobs, ref_logprobs, advantages, clip, beta, repla
         stats = {"kl": kl.mean(), "clipfrac": ((ratio - 1).abs() > clip).float().mean(),
                  "approx_kl": (ratio - 1 - logratio).mean(), "ratio_max": ratio.max(),
                  "pg_loss": pg_loss}
-        if replaced.any():
-            stats["kl_truth"] = kl[replaced].mean()
     return loss, {name: value.detach() for name, value in stats.items()}

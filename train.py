@@ -17,11 +17,12 @@ Shapes: P pairs, 2 prompts, G samples a prompt, B = P*2*G sequences in the flat 
 sample), T text tokens, N image tokens, H W image.
 """
 import argparse
-import difflib
 import inspect
 import math
+import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -31,10 +32,10 @@ from einops import rearrange
 from tqdm import tqdm
 
 import ppo
-from common import Loop, UserError, adamw, copy_file, load_module, make_folder, muon_and_adamw
-from common import only_process, pick_device, read_json, save_weights, step_random, uses_bf16
-from common import write_json
-from data import PairSet, image_grid, read_prompts, read_splits
+from common import Loop, UserError, adamw, copy_file, gather, leads, load_module, make_folder
+from common import muon_and_adamw, only_process, pick_device, read_json, save_weights, several
+from common import share, step_random, total, trained, uses_bf16, world, write_json
+from data import PairSet, image_grid, read_splits
 from eval_paircomp import BeforeAfter, generate_images, mean_and_error
 from model import ImageModel, ModelConfig, empty_ids, generate, load_policy, save_policy, score
 from model import usual_guidance
@@ -62,8 +63,7 @@ class Common:
     out: str = flag("runs/tiny", "run folder")
     seed: int = flag(0, "every random choice follows from it", least=0)
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = flag("auto", "of matrix products: auto is bf16 on cuda, fp32 elsewhere",
-                      choices=("auto", "fp32", "bf16"))
+    dtype: str = flag("auto", "of products; auto: bf16 on cuda", choices=("auto", "fp32", "bf16"))
     data: str = flag("", "pairs.json in FocusDiff-Data's layout; empty is PairWorld")
     n_pairs: int = flag(12000, "how many PairWorld pairs to train on", least=1)
 
@@ -86,19 +86,17 @@ class Tokenizer(Common):
 @dataclass
 class Pretrain(Common):
     init: str = flag("", "run folder whose base model is fine-tuned; empty starts from nothing")
-    extra: float = flag(0.65, "chance that a PairWorld caption names an optional part. Judges "
-                              "learn with 0.6")
+    extra: float = flag(0.65, "chance that a PairWorld caption names an optional part")
     mistakes: float = flag(0.6, "chance that a PairWorld caption of a careless subject, hearts and "
                                 "all that is yellow, mistakes a detail: left for right", least=0)
     steps: int = flag(1200, "optimizer steps", least=1)
     batch: int = flag(32, "images a step", least=1)
-    microbatch: int = flag(0, "images a backward, to fit the memory; 0 is the whole batch. Layers "
-                              "then also recompute their activations", least=0)
+    microbatch: int = flag(0, "images a backward, with activations made again; 0: all", least=0)
     lr: float = flag(1e-3, "peak learning rate of AdamW: embeddings, norms, head", least=0)
     muon_lr: float = flag(0.007, "peak learning rate of Muon: the layers' matrices; 0: AdamW too")
+    shard: int = flag(0, "as of stage ppo; wants --muon-lr 0", least=0)
     warmup: int = flag(50, "steps of rising learning rate")
-    caption_dropout: float = flag(0.05, "share of images with the empty prompt, for guidance",
-                                   least=0)
+    caption_dropout: float = flag(0.05, "share of images with the empty prompt", least=0)
     n_layer: int = flag(4, "layers")
     n_head: int = flag(4, "attention heads")
     n_embd: int = flag(128, "width C")
@@ -126,24 +124,18 @@ class Reward(Common):
 
 @dataclass
 class PPO(Common):
-    prompts: str = flag("", "a text file of unpaired prompts to mix in, one a line", "official")
     steps: int = flag(80, "rollouts", "ours; official 1600", least=1)
     pairs: int = flag(16, "pairs a rollout (P)", "ours; official 8, one a GPU", least=1)
     samples: int = flag(6, "images a prompt (G)", "ours; official 7", least=2)
-    epochs: int = flag(1, "passes over a rollout", "official", least=1)
-    minibatches: int = flag(2, "optimizer steps an epoch; pairs stay whole", "ours; official 1",
-                           least=1)
-    microbatch: int = flag(0, "sequences a backward, to fit the memory; 0 is the whole minibatch. "
-                              "Layers then also recompute their activations, and at most 8 times "
-                              "as many are sampled at once", least=0)
+    minibatches: int = flag(2, "optimizer steps a rollout", "ours; official 1", least=1)
+    microbatch: int = flag(0, "sequences a backward, with activations made again, and at most 8 "
+                              "times as many sampled at once, to fit the memory; 0: all", least=0)
     lr: float = flag(2e-4, "peak learning rate", "ours; official 1e-5 for 7B", least=0)
-    warmup: int = flag(5, "rollouts of rising learning rate", "ours; official 100")
-    guidance: float = flag(1.0, "w of classifier-free guidance; 1 has no second branch",
-                           "ours; official 5")
-    temperature: float = flag(0.6, "tau of samples, scores and quick tests", "ours; official 1",
-                              least=1e-6)
-    advantage: str = flag("pair", "pool of mean and std: Pair-GRPO or vanilla", "paper",
-                          choices=tuple(ppo.POOLS))
+    lora: int = flag(0, "rank of adapters, trained in place of the weights; 0: none", least=0)
+    shard: int = flag(0, "1: each process of torchrun holds a part of the model", least=0)
+    guidance: float = flag(1.0, "w of classifier-free guidance; 1: none", "ours; official 5")
+    temperature: float = flag(0.6, "tau of all samples", "ours; official 1", least=1e-6)
+    advantage: str = flag("pair", "pool of mean and std", "paper", choices=tuple(ppo.POOLS))
     clip: float = flag(0.2, "PPO's epsilon", "ours; no effect in the official code", least=0)
     beta: float = flag(0.01, "weight of the KL to the base model", least=0)
     difference: float = flag(0.0, "lambda of the difference-aware token weights",
@@ -153,16 +145,15 @@ class PPO(Common):
     ground_truth: list = flag((0, 0, 0), "two samples are replaced by ground truth: always until "
                               "rollout FULL, 1 in 4 at LOW, never from ZERO on; 0 0 0 is off",
                               "ours; official 50 450 1200")
-    judge: list = flag((), "who gives the rewards instead of the run's training judge: "
-                       "http://HOST:PORT/v1[#MODEL] or transformers:DIR; twice: the mean",
-                       "ours; official InternVL2.5-26B")
+    judge: list = flag((), "who gives the rewards: http://HOST:PORT/v1[#MODEL] or transformers:DIR;"
+                           " twice: the mean", "ours; official InternVL2.5-26B")
     heldout_judge: str = flag("", "who tests instead of the run's held-out judge")
     test: str = flag("", "PairComp.json to test on instead of PairWorld's held-out pairs")
-    compile: str = flag("auto", "auto: a decoding step is a CUDA graph on cuda, plain PyTorch "
-                                "elsewhere; off: plain PyTorch; on: torch.compile, of scoring too",
-                        choices=("auto", "off", "on"))
+    compile: str = flag("auto", "off: plain PyTorch; auto: on cuda decoding is a CUDA graph; on: "
+                                "torch.compile, of scoring too", choices=("auto", "off", "on"))
     eval_every: int = flag(10, "rollouts between quick tests, see BestState", least=1)
     eval_pairs: int = flag(20, "test pairs a category in the table before and after", least=1)
+    warmup = 1 / 16                     # of the rollouts; official 100 of 1600
     decay = 0.3
 
 
@@ -170,7 +161,7 @@ STAGES = {"tokenizer": Tokenizer, "pretrain": Pretrain, "reward": Reward, "ppo":
 NEEDS = {"tokenizer": [], "pretrain": ["tokenizer"], "reward": ["tokenizer"],
          "ppo": ["tokenizer", "pretrain", "reward"]}
 SMALL = ("tiny", "smoke")               # presets whose stages can be trained from nothing
-MINUTES = {"tokenizer": 0.5, "pretrain": 2.5, "reward": 2.5, "ppo": 2}   # tiny, two CPU cores
+MINUTES = {"tokenizer": 1, "pretrain": 4, "reward": 3.5, "ppo": 3.5}     # tiny, two CPU cores
 PRESETS = {
     "tiny": {stage: {} for stage in STAGES},
     "smoke": {
@@ -180,11 +171,11 @@ PRESETS = {
         "reward": dict(out="runs/smoke", n_pairs=600, steps=25, splices_from=10, width=32),
         "ppo": dict(out="runs/smoke", n_pairs=600, steps=6, pairs=4, samples=4, eval_every=3,
                     eval_pairs=2)},
-    # A real checkpoint. lr, warmup, samples and guidance are the official recipe's, the rest ours.
+    # A real checkpoint. lr, samples and guidance are the official recipe's, the rest ours.
     "janus": {
         "tokenizer": dict(out="runs/janus"), "reward": dict(out="runs/janus"),
         "pretrain": dict(out="runs/janus", lr=1e-5, muon_lr=0.0, caption_dropout=0.1, microbatch=4),
-        "ppo": dict(out="runs/janus", lr=1e-5, warmup=100, steps=1600, pairs=4, samples=7,
+        "ppo": dict(out="runs/janus", lr=1e-5, steps=1600, pairs=4, samples=7,
                     guidance=5.0, temperature=1.0, eval_every=25, microbatch=4)},
 }
 
@@ -224,6 +215,8 @@ def reconstruct_all_pairs(vq, pairs, device):
 
 
 def save_samples(cfg, name, images, labels=None, columns=8, scale=3):
+    if not leads():
+        return
     folder = Path(cfg.out) / "samples"
     make_folder(folder)
     scale = max(1, scale * 32 // images.shape[1])
@@ -239,13 +232,13 @@ def show(report):
 
 def average(stats):
     """Dicts of scalar tensors, each with its number of "rows" -> {name: mean over the rows of the
-    dicts that have it}."""
+    dicts that have it}, over all processes."""
     means = {}
     for name in {name: None for values in stats for name in values if name != "rows"}:
         having = [values for values in stats if name in values]
-        share = torch.tensor([values["rows"] for values in having])
+        rows = torch.tensor([values["rows"] for values in having])
         values = torch.stack([values[name].cpu() for values in having])
-        means[name] = (values * (share / share.sum())).sum()
+        means[name] = total((values * (rows / total(rows.sum()))).sum())
     return means
 
 
@@ -319,6 +312,8 @@ def train_pretrain(cfg, loop):
     vq, model = new_model(cfg, device)
     model.recompute = cfg.microbatch > 0
     model.bf16 = uses_bf16(cfg.dtype, device)
+    if cfg.shard:
+        several().split_model(model)
     pairs, test = train_and_test_pairs(cfg, vq.cfg.image_size, cfg.extra, cfg.mistakes)
     pairs = pairs.with_images()
     prompts = pairs.flat_prompts()
@@ -330,6 +325,7 @@ def train_pretrain(cfg, loop):
         rng, _ = step_random(cfg, "pretrain", step)
         chosen = rng.integers(len(prompts), size=cfg.batch)
         dropped = rng.random(cfg.batch) < cfg.caption_dropout
+        chosen, dropped = chosen[share(cfg.batch)], dropped[share(cfg.batch)]
         prompt_ids = model.prompt_ids([prompts[i] for i in chosen], dropped)            # (B, T)
         if codes is None:
             tokens = encode_images(vq, pairs.load_flat(chosen), device)                 # (B, N)
@@ -337,7 +333,7 @@ def train_pretrain(cfg, loop):
             tokens = codes[chosen].to(device)
 
         stats = []
-        for mb in torch.arange(cfg.batch).split(cfg.microbatch or cfg.batch):
+        for mb in torch.arange(len(chosen)).split(cfg.microbatch or cfg.batch):
             logprobs, entropy = score(model, prompt_ids[mb], tokens[mb])                # (b, N)
             loss = -logprobs.mean()
             (loss * (len(mb) / cfg.batch)).backward()
@@ -436,19 +432,17 @@ def report_judges(vq, judges, test, device, loop):
 # -- Stage 4 ---------------------------------------------------------------------------------------
 def train_ppo(cfg, loop, algo=ppo):
     """algo: ppo.py, or a module (or object) with the same functions: your fork of it."""
-    device, P, G = pick_device(cfg.device), cfg.pairs, cfg.samples
-    vq, policy = load_policy(cfg.out, "pretrain", device, cfg.dtype, cfg.compile)
-    policy.float().recompute = cfg.microbatch > 0                       # fp32 master weights
-    _, reference = load_policy(cfg.out, "pretrain", device, cfg.dtype, cfg.compile)
+    device, P, G, B = pick_device(cfg.device), cfg.pairs, cfg.samples, 2 * cfg.pairs * cfg.samples
+    own = share(B)                      # the rows of this process: all of them without torchrun
+    vq, policy, reference = load_for_ppo(cfg, device)
     judges = open_judges(cfg, device)                                   # train, heldout, oracle
     pairs = train_and_test_pairs(cfg, vq.cfg.image_size, SHORT)[0]
-    unpaired = read_prompts(cfg.prompts) if cfg.prompts else None
     test = BeforeAfter(cfg, vq, judges)
-    check_ppo_prompts(cfg, policy, [pairs, unpaired, *(part for part, _ in test.sets.values())])
+    check_ppo_prompts(cfg, policy, [pairs, *(part for part, _ in test.sets.values())])
     sampling = dict(empty=empty_ids(policy), guidance=cfg.guidance, temperature=cfg.temperature)
     n_questions = len(inspect.signature(algo.REWARDS[cfg.reward]).parameters)
     optimizer = adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)
-    best = BestState(policy, optimizer, test, loop)
+    best = BestState(cfg, policy, optimizer, test, loop)
     loop.start({"model": policy}, [optimizer], best.tensors)
     test.before(reference, loop)
 
@@ -458,12 +452,13 @@ def train_ppo(cfg, loop, algo=ppo):
 
         with torch.no_grad():
             # 1. Rollout: G images for each of 2P prompts. Rows are (pair, prompt, sample)
-            chosen, drawn, has_images = algo.draw_pairs(rng, pairs, unpaired, P)
+            chosen, drawn, has_images = algo.draw_pairs(rng, pairs, P)
             prompts = [prompt for pair in drawn for prompt in pair]                     # 2P
             prompt_ids = policy.prompt_ids(prompts).repeat_interleave(G, 0)             # (B, T)
-            tokens, old_logprobs = generate(policy, prompt_ids[::G], samples=G,         # (B, N)
-                                            generator=generator, **sampling,
-                                            batch=min(8 * cfg.microbatch, 2 * P * G))
+            noise = torch.rand(policy.cfg.n_image, B, generator=generator, device=device)
+            sampled = generate(policy, prompt_ids[own][::G], samples=G, noise=noise[:, own],
+                               batch=min(8 * cfg.microbatch, own.stop - own.start), **sampling)
+            tokens, old_logprobs = (gather(B, x) for x in sampled)                      # (B, N)
 
             # 2. Ground truth: a pair's own images replace two samples of a prompt
             p_truth = algo.ground_truth_probability(step, *cfg.ground_truth)
@@ -477,14 +472,15 @@ def train_ppo(cfg, loop, algo=ppo):
                 old_logprobs[replaced] = score(policy, prompt_ids[replaced], tokens[replaced],
                                                **sampling)[0]
 
-            # 3. Reward: the judge scores each image for its own prompt, perhaps for its twin's too
-            images = decode_ids(vq, tokens)                                     # (B, H, W, 3)
+            # 3. Reward: the judge scores each image for its own prompt, perhaps for its twin's too.
+            # Meanwhile the reference scores the tokens
+            images = decode_ids(vq, tokens[own])                                # (B, H, W, 3)
             asked = [prompt for prompt in prompts for _ in range(G)]
             twins = [prompt for pair in drawn for prompt in pair[::-1] for _ in range(G)]
-            answers = [submit(judges["train"], images, asked_of)
+            answers = [submit(judges["train"], images, asked_of[own])
                        for asked_of in (asked, twins)[:n_questions]]
-            ref_logprobs, _ = score(reference, prompt_ids, tokens, **sampling)  # meanwhile
-            scores = [answer().to(device).view(P, 2, G) for answer in answers]
+            ref_logprobs = gather(B, score(reference, prompt_ids[own], tokens[own], **sampling)[0])
+            scores = [gather(B, answer().to(device)).view(P, 2, G) for answer in answers]
             is_pair = torch.tensor([a != b for a, b in drawn], device=device)[:, None, None]
             rewards = torch.where(is_pair, algo.REWARDS[cfg.reward](*scores), scores[0])
 
@@ -497,24 +493,25 @@ def train_ppo(cfg, loop, algo=ppo):
             advantages = algo.token_advantages(rewards, weights, cfg.advantage) # (B, N or 1)
 
         # 5. Update: minibatches of whole pairs, in microbatches that fit in memory
-        stats, pair_rows = [], torch.arange(len(tokens), device=device).view(P, 2 * G)
-        for _ in range(cfg.epochs):
-            for minibatch in torch.from_numpy(rng.permutation(P)).chunk(cfg.minibatches):
-                rows = pair_rows[minibatch].flatten()
-                for mb in rows.split(cfg.microbatch or len(rows)):
-                    logprobs, entropy = score(policy, prompt_ids[mb], tokens[mb], **sampling)
-                    loss, mb_stats = algo.ppo_loss(logprobs, old_logprobs[mb], ref_logprobs[mb],
-                                                   advantages[mb], cfg.clip, cfg.beta, replaced[mb])
-                    (loss * (len(mb) / len(rows))).backward()
-                    stats.append({"entropy": entropy.mean(), "rows": len(mb)} | mb_stats)
-                stats[-1]["grad_norm"] = loop.optimizer_step(step)
+        stats, pair_rows = [], torch.arange(B, device=device).view(P, 2 * G)
+        for minibatch in torch.from_numpy(rng.permutation(P)).chunk(cfg.minibatches):
+            rows = pair_rows[minibatch].flatten()
+            for mb in rows[share(len(rows))].split(cfg.microbatch or len(rows)):
+                logprobs, entropy = score(policy, prompt_ids[mb], tokens[mb], **sampling)
+                loss, mb_stats = algo.ppo_loss(logprobs, old_logprobs[mb], ref_logprobs[mb],
+                                               advantages[mb], cfg.clip, cfg.beta)
+                (loss * (len(mb) / len(rows))).backward()
+                stats.append({"entropy": entropy.mean(), "rows": len(mb)} | mb_stats)
+            stats[-1]["grad_norm"] = loop.optimizer_step(step)
 
         # 6. Log
-        sampled = scores[0].flatten()[~replaced]
-        sampled = sampled[sampled.isfinite()]                           # NaN: no answer
+        if replaced.any():              # nobody sampled these: their KL may be thousands
+            metrics["kl_truth"] = algo.k3(ref_logprobs, old_logprobs)[replaced].mean()
+        judged = scores[0].flatten()[~replaced]
+        judged = judged[judged.isfinite()]                              # NaN: no answer
         flat = rewards.std(2, correction=0) < 1e-3
-        loop.log(step, reward=sampled.mean(), **average(stats), **metrics,
-                 truth_probability=p_truth, reward_std=sampled.std(correction=0),
+        loop.log(step, reward=judged.mean(), **average(stats), **metrics,
+                 truth_probability=p_truth, reward_std=judged.std(correction=0),
                  frac_zero_std=flat.float().mean(), unanswered=rewards.isnan().sum())
         if (step + 1) % cfg.eval_every == 0:
             save_samples(cfg, f"ppo_{step + 1:04d}.png", images[G - 1::G][:16], prompts[:16], 8, 5)
@@ -525,6 +522,22 @@ def train_ppo(cfg, loop, algo=ppo):
     loop.finish()
 
 
+def load_for_ppo(cfg, device):
+    """(tokenizer, policy, reference): the base model twice, to be trained and to be compared with.
+    The policy has fp32 weights of its own, or with --lora an adapter on the reference's."""
+    vq, reference = load_policy(cfg.out, "pretrain", device, cfg.dtype, cfg.compile)
+    if cfg.lora:
+        from extras.lora import with_adapter
+        policy = with_adapter(reference, cfg.lora, cfg.seed)
+    else:
+        policy = load_policy(cfg.out, "pretrain", device, cfg.dtype, cfg.compile)[1].float()
+    policy.recompute = cfg.microbatch > 0
+    if cfg.shard:
+        several().split_model(policy)
+        several().split_model(reference)
+    return vq, policy, reference
+
+
 class BestState:
     """The rule that keeps PPO safe on any data. Every `eval_every` rollouts the policy is tested on
     validation pairs. Its state is kept unless it is worse than the best test so far by more than
@@ -533,11 +546,13 @@ class BestState:
     the end the kept state meets the base model, each at its own best (w, tau). Unless it is better
     by more than one standard error, the base model stays."""
 
-    def __init__(self, policy, optimizer, test, loop):
+    def __init__(self, cfg, policy, optimizer, test, loop):
         self.policy = policy
         self.optimizer = optimizer
         self.before_after = test
-        self.weights = {name: x.detach().cpu().clone() for name, x in policy.state_dict().items()}
+        # In main memory, or if they are split (--shard), where they are.
+        self.weights = {name: x.detach().clone() if cfg.shard else x.detach().cpu().clone()
+                        for name, x in trained(policy).items()}
         self.scores = torch.full([len(test.sets["validation"][0])], -1.0)   # the best test's s_g
         self.rollouts = torch.tensor(0)                 # after which the kept state was tested
         loop.lr_share = self.lr_share = torch.tensor(1.0)
@@ -553,10 +568,10 @@ class BestState:
             self.scores.copy_(scores)
         if gain > -error:
             self.rollouts.fill_(step)
-            for name, x in self.policy.state_dict().items():
-                self.weights[name].copy_(x)
+            for name, x in trained(self.policy).items():
+                self.weights[name].copy_(x.detach())
         elif gain < -3 * error:
-            self.policy.load_state_dict(self.weights)
+            self.policy.load_state_dict(self.weights, strict=False)
             self.optimizer.state.clear()
             self.lr_share *= 0.5
         return {"test": report, "lr_share": self.lr_share.item()}
@@ -565,7 +580,7 @@ class BestState:
         """The policy becomes the kept state or the base model. -> the (w, tau) to test it at."""
         halved = round(-self.lr_share.log2().item())
         self.test(step)
-        self.policy.load_state_dict(self.weights)
+        self.policy.load_state_dict(self.weights, strict=False)
         test, gain, error = self.before_after, 0.0, 0.0
         if self.rollouts > 0:
             setting, scores = test.best_setting(self.policy)
@@ -575,7 +590,9 @@ class BestState:
         if gain > error:
             return setting
         print("not plainly better than the base model: ppo.safetensors holds the base model")
-        self.policy.load_state_dict(reference.state_dict())
+        base = reference.state_dict()
+        for name, x in trained(self.policy).items():
+            x.data.copy_(base.get(name, torch.zeros_like(x)))           # no adapter is one of zeros
         return test.base_setting
 
 
@@ -593,10 +610,9 @@ def open_judges(cfg, device):
 def check_ppo_prompts(cfg, policy, sets):
     """No prompt of these sets is too long, for the policy and for the small judges."""
     for pairs in sets:
-        if pairs is not None:
-            policy.prompt_ids(pairs.flat_prompts())
-            if not cfg.judge:
-                TextTokens().encode_prompts(pairs.flat_prompts(), JudgeConfig.n_text)
+        policy.prompt_ids(pairs.flat_prompts())
+        if not cfg.judge:
+            TextTokens().encode_prompts(pairs.flat_prompts(), JudgeConfig.n_text)
 
 
 # -- Command line ----------------------------------------------------------------------------------
@@ -618,8 +634,8 @@ def parse(argv):
     help_asked = "-h" in rest or "--help" in rest
     if known.stage is None and not help_asked:
         if len(argv) > 0 and argv != ["--resume"]:
-            refuse_moved(argv[0].split("=")[0])
-            raise UserError(f"{argv[0]}: say which stage it is for: --stage {'|'.join(STAGES)}")
+            from extras.moved import explain
+            raise UserError(explain(argv[0], "", {}, STAGES))
         return None, False, None, preset
     stage = known.stage or "ppo"
     parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
@@ -632,8 +648,11 @@ def parse(argv):
     defaults = replace(STAGES[stage](), **PRESETS[preset][stage])
     for f in fields(defaults):
         add_flag(parser, f, getattr(defaults, f.name))
-    check_names(rest, parser, stage)
-    args = vars(parser.parse_args(argv))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        from extras.moved import explain
+        raise UserError(explain(unknown[0], stage, parser._option_string_actions, STAGES))
+    args = vars(args)
     cfg = STAGES[stage](**{f.name: args[f.name] for f in fields(defaults)})
     check(cfg)
     return stage, known.resume, cfg, preset
@@ -660,29 +679,6 @@ def add_flag(parser, f, value):
                         **kind)
 
 
-def refuse_moved(name):
-    """UserError for a flag of earlier versions: it names what does its work now."""
-    from extras.moved import MOVED
-    if name in MOVED:
-        raise UserError(f"{name} is gone: use {MOVED[name]}")
-
-
-def check_names(words, parser, stage):
-    """UserError for an unknown flag, with the nearest one that exists."""
-    flags = [option for action in parser._actions for option in action.option_strings]
-    for word in words:
-        name = word.split("=")[0]
-        if name.startswith("--") and name not in flags:
-            refuse_moved(name)
-            setting = name[2:].replace("-", "_")
-            owner = [s for s, cls in STAGES.items() if setting in cls.__dataclass_fields__]
-            if owner:
-                raise UserError(f"unknown flag {name} for stage {stage}; stage {owner[0]} has it")
-            near = difflib.get_close_matches(name, flags, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else "see --help"
-            raise UserError(f"unknown flag {name} for stage {stage}; {hint}")
-
-
 def check(cfg):
     """UserError for a value that no stage can use."""
     def bad(name, problem):
@@ -695,17 +691,21 @@ def check(cfg):
             bad(f.name, "be a finite number")
         if "least" in f.metadata and value < f.metadata["least"]:
             bad(f.name, f"be at least {f.metadata['least']}")
+    size = int(os.environ.get("WORLD_SIZE", 1))        # processes of torchrun
     units = {"n_embd": 2 * getattr(cfg, "n_head", 1), "ch": VQConfig.norm_groups, "width": 8}
     for name, unit in units.items():
         if getattr(cfg, name, 0) % unit:
             bad(name, f"be a multiple of {unit}")
+    others = getattr(cfg, "muon_lr", 0) or getattr(cfg, "lora", 0)
+    if getattr(cfg, "shard", 0) and (size < 2 or others):
+        bad("shard", "go with several processes of torchrun, with --muon-lr 0, and without --lora")
     if isinstance(cfg, Tokenizer) and cfg.unquantized >= cfg.steps:
         bad("unquantized", f"be less than --steps {cfg.steps}: the codebook is made then")
     if isinstance(cfg, PPO):
-        check_ppo(cfg, bad)
+        check_ppo(cfg, bad, size)
 
 
-def check_ppo(cfg, bad):
+def check_ppo(cfg, bad, size):
     full, low, zero = cfg.ground_truth
     if not 0 <= full <= low <= zero:
         bad("ground_truth", "be three rising numbers of rollouts; 0 0 0 switches it off")
@@ -713,6 +713,8 @@ def check_ppo(cfg, bad):
         bad("samples", "be at least 3, since ground truth replaces 2 of them")
     if cfg.pairs % cfg.minibatches:
         bad("minibatches", f"divide --pairs {cfg.pairs}")
+    if cfg.pairs // cfg.minibatches % size:
+        bad("pairs", f"be a multiple of --minibatches {cfg.minibatches} times {size} processes")
     specs = [*cfg.judge, *([cfg.heldout_judge] if cfg.heldout_judge else [])]
     if specs:
         from extras.judges import check_spec
@@ -761,6 +763,9 @@ def train_stages(stage, cfg, preset, resume):
         raise UserError(f"{weights} is there already; choose another --out, or delete it to train "
                         f"{stage} again")
     missing = missing_stages(stage, cfg, preset)
+    if world()[1] > 1 and (missing or stage not in ("pretrain", "ppo")):
+        raise UserError(f"stage {missing[0] if missing else stage} is for one process: train it "
+                        "first, without torchrun")
     begin_folder(cfg, preset)
     if missing:
         minutes = sum(MINUTES[s] for s in [*missing, stage])
@@ -787,9 +792,11 @@ def main(argv=None):
         from extras.judges import name_judges
         cfg = name_judges(cfg)
     make_folder(cfg.out)
-    with only_process(cfg.out):
+    by_torchrun = "WORLD_SIZE" in os.environ
+    processes = several().joined(cfg.device) if by_torchrun else nullcontext()
+    with processes, only_process(cfg.out):
         train_stages(stage, cfg, preset, resume)
-    if stage == "ppo":
+    if stage == "ppo" and leads():
         from extras.plots import draw_curves
         print(f"curves: {draw_curves(Path(cfg.out))}")
 

@@ -138,8 +138,8 @@ class Confused:
     def __getattr__(self, name):
         return getattr(ppo, name)
 
-    def draw_pairs(self, rng, pairs, unpaired, n):
-        chosen, prompts, has_images = ppo.draw_pairs(rng, pairs, unpaired, self.factor * n)
+    def draw_pairs(self, rng, pairs, n):
+        chosen, prompts, has_images = ppo.draw_pairs(rng, pairs, self.factor * n)
         order = np.where(has_images, self.margins(pairs, chosen, prompts), np.inf).argsort()
         kept = np.sort(order[:n])
         return chosen[kept], [prompts[i] for i in kept], has_images[kept]
@@ -243,8 +243,7 @@ def run_arm(run, args, flags):
     if cfg.judge or cfg.heldout_judge:
         cfg = name_judges(cfg)
     if path.exists():
-        config = read_json(path, "result of an arm")["config"]
-        if config | {"out": cfg.out} != asdict(cfg):
+        if not same_settings(read_json(path, "result of an arm")["config"], cfg):
             raise UserError(f"{path}: has other settings; give another --results and --runs")
         print(f"{run}: has its result already, {path}")
         return
@@ -258,7 +257,7 @@ def run_arm(run, args, flags):
         with only_process(out), Loop("ppo", cfg, resume=True) as loop:
             train.train_ppo(cfg, loop, make_objective(cfg))
     result = read_json(out / "paircomp.json", "result of a PPO run")
-    if result["config"] != asdict(cfg):
+    if not same_settings(result["config"], cfg):
         raise UserError(f"{out}: was trained with other settings; remove it to run {run} again")
     device = pick_device(cfg.device)
     if not (cfg.test or cfg.data):      # the true difference is known of PairWorld alone
@@ -273,6 +272,14 @@ def run_arm(run, args, flags):
     make_folder(path.parent)
     write_atomically(path, json.dumps(result).encode())
     print(f"{run}: done, {path}")
+
+
+def same_settings(config, cfg):
+    """Whether a result, perhaps of an earlier commit, was made with the settings cfg. What train.py
+    did not have then had its default, and the folder does not matter."""
+    defaults = asdict(train.PPO())
+    return all(config.get(name, defaults[name]) == value for name, value in asdict(cfg).items()
+               if name != "out")
 
 
 def validation_s_g(cfg, device, guidance, temperature):

@@ -6,10 +6,12 @@ stays where it is from one rollout to the next: caches, inputs and weights. An o
 
 tests/test_cuda.py runs it on a GPU, tests/test_model.py all but `capture` on a CPU.
 """
+from copy import deepcopy
+
 import torch
 from torch import nn
 
-from model import ImageModel, decode_step, new_caches, rope_table
+from model import decode_step, new_caches, rope_table
 
 
 def capture(function, pool, stream):
@@ -34,15 +36,13 @@ def sampling_copy(model):
 
     It wants no gradients: autocast keeps its casts of weights that require them until its context
     ends, and a graph would go on reading what is freed then."""
-    with torch.device("meta"):
-        copy = ImageModel(model.cfg, model.text)
-    tensors = {name: weight.detach() for name, weight in model.state_dict().items()}
-    for name, module in model.named_modules():
+    shared = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
+    copy = deepcopy(model, shared | {id(model.text): model.text, id(model.graphed): None})
+    for name, module in copy.named_modules():
         if model.bf16 and isinstance(module, nn.Linear) and not name.startswith("gen_head"):
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].bfloat16()
-    copy.load_state_dict(tensors, assign=True)
+            module.weight = nn.Parameter(module.weight.bfloat16(), False)
     copy.running = "compile" if "compile" in model.running else "eager"     # what is captured
-    return copy.requires_grad_(False)
+    return copy
 
 
 class GraphedStep:

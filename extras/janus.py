@@ -31,8 +31,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common import (UserError, first_few, load_weights, make_folder, pick_device, read_json,
-                    save_weights, tensor_bytes, write_atomically, write_json)
+                    save_weights, write_atomically, write_json)
 from data import pad_prompts
+from extras.lora import merged
 from model import ImageModel, ModelConfig, save_policy
 from tokenizer import VQConfig, VQModel
 
@@ -537,6 +538,12 @@ def import_checkpoint(folder, run):
     save_policy(run, "pretrain", model)
 
 
+def tensor_bytes(tensor):
+    """A tensor of any dtype, on any device -> the bytes of its rows (numpy has no bf16)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
 def export(out, run, folder, policy="ppo"):
     """A run's policy in the layout of the checkpoint that it came from.
 
@@ -549,6 +556,8 @@ def export(out, run, folder, policy="ppo"):
         raise UserError(f"--export {out}: is there already; choose a folder that is not")
     checkpoint = open_checkpoint(folder)
     weights, metadata = load_weights(source)
+    if "lora" in metadata:
+        weights = merged(load_weights(Path(run) / "pretrain.safetensors")[0], weights)
     trained = metadata.get("config", {})
     wanted = asdict(checkpoint.model.cfg)
     different = [k for k, value in wanted.items() if trained.get(k) != value]

@@ -15,7 +15,6 @@ import argparse
 import sys
 import weakref
 from contextlib import nullcontext, suppress
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -24,19 +23,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import GEOMETRIES
-from common import UserError, pick_device
+from common import UserError, pick_device, trained
 from eval_paircomp import IMAGES_PER_PROMPT
+from extras.lora import with_adapter
 from model import ImageModel, generate, score
 from ppo import ppo_loss
 from tokenizer import VQConfig, VQModel, vq_batch_size
 from train import PPO, PRESETS
 
 JANUS = {"1B": GEOMETRIES["janus-1b"], "7B": GEOMETRIES["janus-7b"]}
-GPUS = (24, 80, 141)  # their makers' GB, which are GiB
+GPUS = (24, 48, 80, 141)  # their makers' GB, which are GiB
 PROMPT = 64  # tokens of a prompt
 SPARE = 1.5  # GiB
+LORA = 16  # rank of an adapter in the table
 GUIDANCE = 5.0
-NO_GROUND_TRUTH = SimpleNamespace(any=lambda: False)  # which a fake mask has no values to say
 
 
 class Alive(TorchDispatchMode):
@@ -137,17 +137,28 @@ def stored_policy(cfg, running):
     return model
 
 
-def trained_policy(cfg, running):
-    """A policy in training and its optimizer: fp32 weights and Adam's moments, bf16 compute."""
-    model = ImageModel(cfg)
+def trained_policy(cfg, running, lora):
+    """A policy in training and its optimizer: fp32 weights and Adam's moments, bf16 compute. lora:
+    the rank of an adapter, which is trained in their place on weights as they are stored."""
+    model = with_adapter(stored_policy(cfg, running), lora) if lora else ImageModel(cfg)
     model.bf16 = model.recompute = True
     model.running = running
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for p in model.parameters():
+    weights = list(trained(model).values())
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    for p in weights:
         p.grad = torch.zeros_like(p)
     optimizer.step()  # makes the moments
     optimizer.zero_grad()
     return model, optimizer
+
+
+def without_adapter(model):
+    """The reference of a policy with an adapter."""
+    base = ImageModel(model.cfg)
+    base.load_state_dict({name: model.state_dict()[name] for name in base.state_dict()},
+                         assign=True)
+    base.bf16, base.running = model.bf16, model.running
+    return base
 
 
 def some_ids(rows, length):
@@ -180,7 +191,7 @@ def update(model, optimizer, alive, task, sequences):
         logprobs = score_some(model, sequences, guidance)
         old = torch.zeros_like(logprobs)
         if task == "ppo":
-            loss, _ = ppo_loss(logprobs, old, old, old, 0.2, 0.01, NO_GROUND_TRUTH)
+            loss, _ = ppo_loss(logprobs, old, old, old, 0.2, 0.01)
         else:
             loss = -logprobs.mean()
         loss.backward()
@@ -208,15 +219,15 @@ def rollout(model, reference, vq, alive, prompts, images, tested, pairs):
 
 
 def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1, graph=True,
-          measure=False):
+          lora=0, measure=False):
     """A task -> {phase: GiB alive at its peak}.
 
     task: "sampling" of a policy in bf16; "pretrain" or "ppo" as `--preset janus` has them, with
     fp32 master weights, bf16 compute and activations made again in the backward. sequences: of a
     backward; prompts: sampled at once; images: of a prompt; tested: prompts sampled at once in the
     tests of PPO; pairs: of its rollout, all with ground truth; graph: decoding is a CUDA graph,
-    which keeps its caches, and bf16 weights of its own, from one rollout to the next. measure: on a
-    GPU, with real tensors, by its allocator."""
+    which keeps its caches, and bf16 weights of its own, from one rollout to the next; lora: the
+    rank of an adapter. measure: on a GPU, with real tensors, by its allocator."""
     running = "graph" if graph else "eager"
     where = torch.device("cuda") if measure else FakeTensorMode()
     capture = nullcontext() if measure else mock.patch("extras.cuda_graph.capture", take_step)
@@ -224,8 +235,10 @@ def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1
         if task == "sampling":
             model = stored_policy(cfg, running)
         else:
-            model, optimizer = trained_policy(cfg, running)
-        reference = stored_policy(cfg, running) if task == "ppo" else None
+            model, optimizer = trained_policy(cfg, running, lora)
+        reference = None
+        if task == "ppo":               # with an adapter: the same weights without it
+            reference = without_adapter(model) if lora else stored_policy(cfg, running)
         vq = VQModel(vq_cfg).requires_grad_(False)
         alive.rest()
         alive.phase("at rest")
@@ -268,7 +281,7 @@ def tasks_of(args):
     # Sampling takes 8 * microbatch sequences at most, and whole prompts.
     prompts = min(2 * args.pairs, max(1, 8 * args.microbatch // args.samples))
     ppo = f"PPO, {sequences} images a backward, {prompts * args.samples} sampled at once"
-    return {
+    tasks = {
         "sample 4 images": dict(task="sampling", prompts=1, images=4),
         "sample 64 images": dict(task="sampling", prompts=32, images=2),
         f"fine-tune, {batch} images a backward": dict(task="pretrain", sequences=batch),
@@ -281,6 +294,7 @@ def tasks_of(args):
             pairs=args.pairs,
         ),
     }
+    return tasks | {f"{ppo}, `--lora {LORA}`": tasks[ppo] | {"lora": LORA}}
 
 
 def main(argv=None):

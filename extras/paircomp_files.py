@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import eval_paircomp
-from common import UserError, first_few, make_folder, pick_device, read_json, tensor_bytes
+from common import UserError, first_few, make_folder, pick_device, read_json
 from common import write_atomically, write_json
 from data import PairSet, load_image
 from eval_paircomp import IMAGES_PER_PROMPT, BeforeAfter, image_chunks, percents, report_lines
@@ -166,7 +166,7 @@ def same_settings(folder, model, prompts, guidance, temperature, seed):
     def digest(parts):
         return hashlib.sha256(b"".join(parts)).hexdigest()
     weights = model.norm.weight, model.gen_head[-1].bias                # every training moves them
-    settings = {"weights": digest([tensor_bytes(w) for w in weights]),
+    settings = {"weights": digest([w.detach().float().cpu().numpy().tobytes() for w in weights]),
                 "prompts": digest([json.dumps(prompts).encode()]),
                 "guidance": guidance, "temperature": temperature, "seed": seed}
     folder = Path(folder)

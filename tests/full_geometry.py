@@ -24,8 +24,9 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import model as m
-from common import pick_device, tensor_bytes
+from common import pick_device
 from extras import janus, memory
+from extras.janus import tensor_bytes
 from pairworld import pairworld
 from test_janus import (
     attended,

@@ -253,11 +253,11 @@ def test_samples_go_to_the_pairs_that_the_base_model_confuses(base):
     way round turn a pair's margin into its negative: so does a model that learned them so."""
     cfg = train.PPO(out=str(base), device="cpu")
     confused, pairs = ablation.Confused(cfg), world.pairworld(40, "train", 0)
-    drawn, prompts, has_images = ppo.draw_pairs(np.random.default_rng(7), pairs, None, 16)
+    drawn, prompts, has_images = ppo.draw_pairs(np.random.default_rng(7), pairs, 16)
     margins = confused.margins(pairs, drawn, prompts)
     swapped = confused.margins(pairs, drawn, [pair[::-1] for pair in prompts])
     assert swapped == pytest.approx(-margins, abs=1e-3) and abs(margins).max() > 1e-2
-    chosen, kept, has_images = confused.draw_pairs(np.random.default_rng(7), pairs, None, 8)
+    chosen, kept, has_images = confused.draw_pairs(np.random.default_rng(7), pairs, 8)
     expected = np.sort(margins.argsort()[:8])
     assert chosen.tolist() == drawn[expected].tolist() and has_images.all()
     assert kept == [prompts[i] for i in expected]
@@ -269,7 +269,7 @@ def test_a_pair_without_images_is_not_known_to_be_confused(base):
     confused.factor = 6                 # enough with images among so many
     pairs.images = [two if i % 2 else None for i, two in enumerate(pairs.images)]
     pairs.load = lambda indices: world.pairworld(40, "train", 0).images[indices]
-    chosen, _, has_images = confused.draw_pairs(np.random.default_rng(0), pairs, None, 2)
+    chosen, _, has_images = confused.draw_pairs(np.random.default_rng(0), pairs, 2)
     assert has_images.all() and (chosen % 2 == 1).all()
 
 
@@ -397,7 +397,7 @@ def test_every_arm_runs(arm, run_arms, monkeypatch):
     assert [list(entry)[:2] for entry in result["curve"]] == [["step", "train"]]
 
 
-KINDS = {"own-image": ["--epochs", "2"], "shuffled": ["--guidance", "2"], "mask": [],
+KINDS = {"own-image": ["--minibatches", "1"], "shuffled": ["--guidance", "2"], "mask": [],
          "factored": [], "confused": []}
 
 

@@ -492,25 +492,15 @@ def test_any_size_and_mode_becomes_a_square_rgb_image(tmp_path, width, height, m
     assert data.load_image(tmp_path / "x.png", 32).shape == (32, 32, 3)
 
 
-def test_an_unpaired_prompt_is_a_pair_with_itself_and_without_images(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\n\n  two dogs \n", encoding="utf-8")
-    pairs = data.read_prompts(tmp_path / "prompts.txt")
-    assert pairs.prompts == [("a cat", "a cat"), ("two dogs", "two dogs")]
-    assert not pairs.has_images()[:2].any()
-    assert pairs.load([0, 1]).shape == (2, 2, IMAGE_SIZE, IMAGE_SIZE, 3)
-    assert not pairs.load([1]).any()
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00"])
-def test_a_prompt_file_without_prompts_or_without_text_is_refused(tmp_path, content):
-    (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(UserError, match="prompts.txt"):
-        data.read_prompts(tmp_path / "prompts.txt")
-
-
-def test_a_missing_prompt_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere.txt"):
-        data.read_prompts(tmp_path / "nowhere.txt")
+def test_an_unpaired_prompt_is_a_pair_with_itself_and_is_never_held_out(tmp_path):
+    """The official recipe mixes such prompts in. They take the way of all pairs."""
+    entries = [{"prompt1": "a cat", "prompt2": "a cat"}]
+    entries += [{"prompt1": f"a {i}", "prompt2": f"b {i}"} for i in range(40)]
+    (tmp_path / "pairs.json").write_text(json.dumps(entries))
+    splits = data.read_splits(tmp_path / "pairs.json", IMAGE_SIZE)
+    assert ("a cat", "a cat") in splits["train"].prompts
+    assert not splits["train"].has_images().any() and not splits["train"].load([0]).any()
+    assert len(splits["test"]) == 5
 
 
 def test_pairs_with_and_without_images_load_in_one_call(folder):

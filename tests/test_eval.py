@@ -15,6 +15,7 @@ import eval_paircomp as ev
 import extras.paircomp_files as files
 import reward
 from common import UserError, save_weights
+from extras.own_images import nearest_images
 from model import ImageModel, ModelConfig, load_policy
 from pairworld import CATEGORIES, pairworld
 from reward import Judge, JudgeConfig, OracleJudge
@@ -175,12 +176,12 @@ def test_nearest_images_by_hand():
     other = np.full((1, 4, 4, 3), 20, np.uint8)                         # of another pair
     shown = np.stack([own, own], 2)                                     # (2, 2, K=2, 4, 4, 3)
     gallery = np.concatenate([own.reshape(4, 4, 4, 3), other])
-    perfect = ev.nearest_images(shown, own, gallery)
+    perfect = nearest_images(shown, own, gallery)
     assert {name: values.tolist() for name, values in perfect.items()} == {
         "exact": [1, 1], "choice": [1, 1], "pair_accuracy": [1, 1]}
     shown[0, 0, 0] = 25                 # nearer to its own than to its twin's, nearest to the other
     shown[1, 1, 1] = 130                # nearer to its twin's
-    found = ev.nearest_images(shown, own, gallery)
+    found = nearest_images(shown, own, gallery)
     assert {name: values.tolist() for name, values in found.items()} == {
         "exact": [0.75, 0.75], "choice": [1, 0.75], "pair_accuracy": [1, 0]}
 

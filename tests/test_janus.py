@@ -911,7 +911,7 @@ def test_the_whole_way(folders, pairs, server, tmp_path, no_curves, capsys, monk
     settings = ["--data", pairs, "--out", str(run), "--device", "cpu", "--lr", "1e-3"]
     pretrain = ["--init", str(base), "--steps", "3", "--batch", "4", "--microbatch", "2"]
     train.main(["--stage", "pretrain", *settings, *pretrain])
-    ppo = ["--steps", "2", "--pairs", "2", "--samples", "3", "--microbatch", "3", "--warmup", "1"]
+    ppo = ["--steps", "2", "--pairs", "2", "--samples", "3", "--microbatch", "3"]
     ppo += ["--difference", "0.5", "--ground-truth", "1", "1", "1", "--eval-every", "1"]
     ppo += ["--judge", server, "--heldout-judge", server, "--test", benchmark]
     train.main(["--stage", "ppo", *settings, *ppo])
@@ -1049,7 +1049,7 @@ def test_bf16_weights_leave_training_as_they_came(pairs, tmp_path, no_curves, mo
     argv += ["--pairs", "2", "--samples", "2", "--minibatches", "1", "--microbatch", "8"]
     # The last state, were it worse than the base.
     monkeypatch.setattr(train.BestState, "finish", lambda self, step, base: (1.0, 1.0))
-    train.main([*argv, "--lr", "0.01", "--warmup", "1", "--out", str(run)])
+    train.main([*argv, "--lr", "0.01", "--out", str(run)])
     before, after = (load_weights(run / f"{s}.safetensors")[0] for s in ("pretrain", "ppo"))
     assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
     assert after["embed_tokens.weight"].dtype == torch.bfloat16

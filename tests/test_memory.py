@@ -123,7 +123,7 @@ def test_tests_and_ground_truth_are_counted():
     needs less than the backward. The tests take more sequences at once than a rollout, because
     their prompts have two images: of the 1B they are the peak of a run."""
     args = Namespace(pairs=4, samples=7, microbatch=4)
-    *_, settings = memory.tasks_of(args).values()
+    *_, settings, _ = memory.tasks_of(args).values()
     shallow = replace(JANUS["1B"], n_layer=2)  # the real widths, in less time
     phases = trace(shallow, VQConfig.janus(), **settings)
     assert phases["test"] > phases["sample"]
@@ -135,13 +135,27 @@ def test_tests_and_ground_truth_are_counted():
     assert ground_truth(pairs=8) > ground_truth(pairs=2)
 
 
+def test_an_adapter_needs_no_second_model_and_few_moments():
+    """At rest: the base model as it is stored, once, and a tokenizer. Full training has 12 bytes a
+    weight more. The adapter's own gradients and moments are all that an update adds."""
+    wide = replace(JANUS["1B"], n_layer=2)
+    full, adapter = (trace(wide, VQConfig.janus(), "ppo", lora=rank) for rank in (0, 16))
+    with torch.device("meta"):
+        model, vq = ImageModel(wide), VQModel(VQConfig.janus())
+    head = parameters(model.gen_head)
+    once = (2 * (parameters(model) - head) + 4 * head + 4 * parameters(vq)) / 2**30
+    assert adapter["at rest"] == pytest.approx(once, rel=0.02)
+    assert full["at rest"] > adapter["at rest"] + 11 * parameters(model) / 2**30
+    assert adapter["update"] < adapter["forward and backward"] < full["forward and backward"]
+
+
 def test_the_table(capsys, monkeypatch):
     monkeypatch.setattr(memory, "JANUS", {"tiny": TINY})
     monkeypatch.setattr(memory.VQConfig, "janus", lambda: TINY_VQ)
     memory.main([])
     out = capsys.readouterr().out
     name = "PPO, 4 images a backward, 28 sampled at once"
-    assert f"| tiny | {name} | 1.5 | 24, 80, 141 GB |" in out
+    assert f"| tiny | {name} | 1.5 | 24, 48, 80, 141 GB |" in out
     assert "A judge in the same memory is not in it" in out
     with pytest.raises(UserError, match="should be positive"):
         memory.main(["--samples", "0"])
@@ -160,7 +174,7 @@ def test_a_microbatch_bounds_the_backward_and_the_sampling(
     pairs, samples, microbatch, backward, prompts
 ):
     args = Namespace(pairs=pairs, samples=samples, microbatch=microbatch)
-    *_, (name, settings) = memory.tasks_of(args).items()
+    *_, (name, settings), _ = memory.tasks_of(args).items()
     assert (settings["sequences"], settings["prompts"]) == (backward, prompts)
     assert name == f"PPO, {backward} images a backward, {prompts * samples} sampled at once"
 
@@ -187,7 +201,8 @@ def test_a_run_folder_is_largest_when_the_next_state_is_written(tmp_path, monkey
     monkeypatch.setattr(os, "replace", watch)
     with common.Loop("ppo", PPO(out=str(tmp_path), steps=3), resume=False) as loop:
         optimizer = common.adamw(policy.parameters(), 1e-3, 0.0)
-        best = BestState(policy, optimizer, SimpleNamespace(sets={"validation": ([], None)}), loop)
+        test = SimpleNamespace(sets={"validation": ([], None)})
+        best = BestState(PPO(), policy, optimizer, test, loop)
         loop.start({"model": policy}, [optimizer], best.tensors)
         for step in loop:
             for p in policy.parameters():

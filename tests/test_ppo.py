@@ -237,8 +237,7 @@ def test_k3_expects_the_kl_divergence():
     assert (new.exp() * ppo.k3(ref, new)).sum().item() == pytest.approx(kl.item(), abs=1e-6)
 
 
-def loss_and_gradient(logratio, advantages, clip=0.2, beta=0.0, weights=None, ref=None,
-                      replaced=None):
+def loss_and_gradient(logratio, advantages, clip=0.2, beta=0.0, weights=None, ref=None):
     """-> loss, stats, d loss / d logprobs, for old log-probs of -1 and one advantage a sequence,
     times the weights of its tokens."""
     logratio = torch.as_tensor(logratio)
@@ -247,9 +246,7 @@ def loss_and_gradient(logratio, advantages, clip=0.2, beta=0.0, weights=None, re
     weights = torch.ones_like(old) if weights is None else weights
     advantages = torch.as_tensor(advantages)[:, None] * weights
     ref = old if ref is None else ref
-    if replaced is None:
-        replaced = torch.zeros(len(old), dtype=torch.bool)
-    loss, stats = ppo.ppo_loss(logprobs, old, ref, advantages, clip, beta, replaced)
+    loss, stats = ppo.ppo_loss(logprobs, old, ref, advantages, clip, beta)
     loss.backward()
     return loss, stats, logprobs.grad
 
@@ -319,14 +316,3 @@ def test_a_token_that_became_enormously_likely_gives_no_nan():
     advantage."""
     loss, _, gradient = loss_and_gradient([[90.0, 0.0], [90.0, 0.0]], [1.0, 0.0])
     assert loss.isfinite() and gradient.isfinite().all()
-
-
-def test_the_k3_of_ground_truth_is_logged_apart():
-    """Nobody sampled it, so that its KL may be thousands while that of the samples is small."""
-    ref = torch.stack([torch.full((3,), -1.0), torch.full((3,), 4.0)])
-    replaced = torch.tensor([False, True])
-    _, stats, _ = loss_and_gradient(torch.zeros(2, 3), [0.0, 0.0], ref=ref, replaced=replaced)
-    assert stats["kl_truth"].item() == pytest.approx(math.exp(5) - 6, rel=1e-5)
-    assert stats["kl"].item() == pytest.approx((math.exp(5) - 6) / 2, rel=1e-5)
-    _, stats, _ = loss_and_gradient(torch.zeros(2, 3), [0.0, 0.0], ref=ref)
-    assert "kl_truth" not in stats

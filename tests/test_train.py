@@ -2,7 +2,6 @@
 wrong."""
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -57,18 +56,6 @@ def run(script, *args, ok=True):
                           env=ONE_THREAD)
     assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
     return done
-
-
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """One smoke run, all four stages from nothing, which the tests below look at and copy from."""
-    out = tmp_path_factory.mktemp("smoke") / "run"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run("train.py", "--stage", "ppo", "--preset", "smoke", "--out", out)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    (out / "cpu_seconds").write_text(str(seconds))
-    return out
 
 
 def wait_for(condition, process):
@@ -165,6 +152,9 @@ def test_killed_and_resumed_ends_bitwise_equal(smoke, tmp_path, stage):
     weights = [(folder / f"{stage}.safetensors").read_bytes() for folder in (whole, killed)]
     assert weights[0] == weights[1]
     assert log_of(whole) == log_of(killed)
+    # The KL of ground truth, which nobody sampled, is logged apart while there is any.
+    truth = ["kl_truth" in entry for entry in log_of(whole)]
+    assert stage != "ppo" or truth[0] and not all(truth)
 
 
 def test_a_folder_in_use_is_refused(smoke, tmp_path):
@@ -204,15 +194,15 @@ def test_own_pairs_go_through_every_stage(tmp_path, capsys, recwarn):
     """A folder in FocusDiff-Data's layout, with unpaired prompts mixed in, takes the same path as
     the embedded pairs."""
     write_pairs(pairworld(40, "train", 3), tmp_path / "data")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("three red circles\nein Hund im Schnee\n", encoding="utf-8")
+    entries = json.loads((tmp_path / "data" / "pairs.json").read_text())
+    entries += [{"prompt1": word, "prompt2": word} for word in ("one cat", "ein Hund im Schnee")]
+    (tmp_path / "data" / "pairs.json").write_text(json.dumps(entries))
     args = ["--preset", "smoke", "--data", str(tmp_path / "data" / "pairs.json"), "--out",
             str(tmp_path / "run"), "--device", "cpu"]
     train.main(["--stage", "tokenizer", "--steps", "12", "--unquantized", "4", *args])
     for stage in ("pretrain", "reward"):
         train.main(["--stage", stage, "--steps", "8", *args])
-    train.main(["--stage", "ppo", "--prompts", str(prompts), "--advantage", "group", "--reward",
-                "margin", *args])
+    train.main(["--stage", "ppo", "--advantage", "group", "--reward", "margin", *args])
     assert (tmp_path / "run" / "ppo.safetensors").exists()
     # Such a run said nothing about whether PPO helped, and warned of an empty legend.
     lines = capsys.readouterr().out.splitlines()
@@ -275,7 +265,7 @@ def best_state(policy, optimizer, scores, at_best=None, base=None):
                            referee="heldout",
                            base_scores=base, best_setting=lambda model: ((1.0, 0.6), at_best),
                            quick=lambda model: (np.array(next(answers)), {}))
-    return train.BestState(policy, optimizer, test, SimpleNamespace())
+    return train.BestState(train.PPO(), policy, optimizer, test, SimpleNamespace())
 
 
 def test_a_policy_that_became_worse_goes_back_and_slows_down(capsys):
@@ -349,23 +339,25 @@ def test_a_run_that_did_not_improve_ends_with_its_base_and_says_so(capsys):
         assert "ppo.safetensors holds the base model" in capsys.readouterr().out
 
 
-def test_an_unpaired_prompt_is_paid_for_itself_alone(smoke, tmp_path, monkeypatch):
+def test_an_unpaired_prompt_is_paid_for_itself_alone(smoke, tmp_path):
     """Under --reward margin an unpaired prompt, which is its own twin, would always have reward 0.
     With the choice between the twins it was paid for a choice that does not exist. A reward that
     asks for the twin's score gets it: there is no list of names in the loop to be forgotten."""
-    (tmp_path / "prompts.txt").write_text("one red circle\n")
     seen = []
+
+    def first_unpaired(rng, pairs, n):
+        chosen, prompts, has_images = ppo.draw_pairs(rng, pairs, n)
+        return chosen, [("one cat",) * 2, *prompts[1:]], has_images
 
     def choice(own, twin):                              # a fork's reward, unknown to the loop
         seen.append((own, twin))
         return own / (own + twin)
-    fork = SimpleNamespace(**vars(ppo) | {"REWARDS": {"own": choice}})
+    fork = SimpleNamespace(**vars(ppo) | {"REWARDS": {"own": choice}, "draw_pairs": first_unpaired})
     rewards = []
     fork.token_advantages = lambda r, *args: rewards.append(r) or ppo.token_advantages(r, *args)
-    monkeypatch.setattr(ppo, "PROMPTS_SHARE", 0.5)
     out = copy_of(smoke, tmp_path / "run", *NEEDS["ppo"])
     cfg = train.PPO(**PRESETS["smoke"]["ppo"] | dict(
-        out=str(out), steps=1, prompts=str(tmp_path / "prompts.txt"), device="cpu", eval_pairs=1))
+        out=str(out), steps=1, device="cpu", eval_pairs=1))
     with common.Loop("ppo", cfg, resume=False) as loop:
         train.train_ppo(cfg, loop, fork)
     (own, twin), got = seen[0], rewards[0]
@@ -373,18 +365,6 @@ def test_an_unpaired_prompt_is_paid_for_itself_alone(smoke, tmp_path, monkeypatc
     assert 0 < same.sum() < len(same)
     assert got[same].equal(own[same])
     assert got[~same].allclose((own / (own + twin))[~same])
-
-
-def test_unpaired_prompts_are_pairs_with_themselves(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    unpaired = data.read_prompts(tmp_path / "prompts.txt")
-    pairs = pairworld(10, "train", 0)
-    chosen, prompts, has_images = ppo.draw_pairs(np.random.default_rng(0), pairs, unpaired, 400)
-    mixed = [a == b for a, b in prompts]
-    assert 0.15 < np.mean(mixed) < 0.35                                 # PROMPTS_SHARE
-    assert [not same for same in mixed] == has_images.tolist()
-    assert all(pair == pairs.prompts[i] for i, pair, same in zip(chosen, prompts, mixed)
-               if not same)
 
 
 def test_a_broken_image_loses_nothing(smoke, tmp_path, monkeypatch):
