@@ -29,9 +29,10 @@ import model as m
 import sample
 import train
 from common import UserError, load_weights, save_weights
-from extras.draw_world import write_pairs
 from extras import janus, judges, memory, peers, plots
+from extras.draw_world import write_pairs
 from extras.janus import BOI, BOS, PAD, JanusText
+from extras.lora import with_adapter
 from pairworld import pairworld
 from reward import Judge, JudgeConfig, save_judges
 from test_judges import end, nobody, serve
@@ -846,6 +847,28 @@ def test_trained_weights_come_out_in_their_places(folders, tmp_path, layout):
     left_out = [name for name in before if name.startswith(prefixes)]
     assert len(left_out) > 5
     assert all(before[name].equal(after[name]) for name in left_out)
+
+
+@torch.no_grad()
+def test_an_adapter_is_exported_merged_and_transformers_draws_its_tokens(folders, tmp_path):
+    """PPO with --lora leaves an adapter. Whoever loads the export knows nothing of it."""
+    folder = folders["transformers"]
+    run = import_run(folder, tmp_path / "run")
+    _, base = m.load_policy(run, "pretrain", "cpu")
+    policy = with_adapter(base, 4)
+    for name, p in policy.named_parameters():
+        if name.endswith(".up"):
+            p.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    m.save_policy(run, "ppo", policy)
+    out = janus.export(tmp_path / "out", run, folder)
+    exported = janus.load_janus(out)[1]
+    ids = prompt_ids(policy.text)
+    ours, theirs = (m.score(model, ids, random_codes(3), None, 5.0)[0]
+                    for model in (policy, exported))
+    assert (ours - theirs).abs().max() < 1e-5
+    net = transformers.JanusForConditionalGeneration.from_pretrained(out).eval()
+    drawn = greedy_of_transformers(net, policy.text, PROMPTS).sequences
+    assert greedy(policy, PROMPTS).equal(drawn) and not greedy(base, PROMPTS).equal(drawn)
 
 
 def test_an_export_that_cannot_be(folders, tmp_path):
