@@ -534,7 +534,7 @@ def load_for_ppo(cfg, device):
     policy.recompute = cfg.microbatch > 0
     if cfg.shard:
         several().split_model(policy)
-        several().split_model(reference)
+        several().split_model(reference.float())        # the same bits: FSDP wants one dtype
     return vq, policy, reference
 
 

@@ -18,7 +18,9 @@ from contextlib import nullcontext, suppress
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +28,7 @@ from bench import GEOMETRIES
 from common import UserError, pick_device, trained
 from eval_paircomp import IMAGES_PER_PROMPT
 from extras.lora import with_adapter
+from extras.several import new_mesh, split_model
 from model import ImageModel, generate, score
 from ppo import ppo_loss
 from tokenizer import VQConfig, VQModel, vq_batch_size
@@ -52,6 +55,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
+            tensor = getattr(tensor, "_local_tensor", tensor)  # of a split one: this process' part
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()  # which views share
                 key = storage._cdata
@@ -64,6 +68,24 @@ class Alive(TorchDispatchMode):
 
     def forget(self, key):
         self.bytes -= self.sizes.pop(key)
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def watched(storage, size):     # which FSDP gathers layers in, and frees them by
+            out = resize(storage, size)
+            if storage._cdata in self.sizes:
+                self.bytes += storage.nbytes() - self.sizes[storage._cdata]
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+            return out
+        self.patch = mock.patch.object(torch.UntypedStorage, "resize_", watched)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
 
     def phase(self, name):
         """End a phase: what came since the last one is called so."""
@@ -137,12 +159,14 @@ def stored_policy(cfg, running):
     return model
 
 
-def trained_policy(cfg, running, lora):
+def trained_policy(cfg, running, lora, mesh):
     """A policy in training and its optimizer: fp32 weights and Adam's moments, bf16 compute. lora:
     the rank of an adapter, which is trained in their place on weights as they are stored."""
     model = with_adapter(stored_policy(cfg, running), lora) if lora else ImageModel(cfg)
     model.bf16 = model.recompute = True
     model.running = running
+    if mesh:
+        split_model(model, mesh)
     weights = list(trained(model).values())
     optimizer = torch.optim.AdamW(weights, fused=True)
     for p in weights:
@@ -150,6 +174,14 @@ def trained_policy(cfg, running, lora):
     optimizer.step()  # makes the moments
     optimizer.zero_grad()
     return model, optimizer
+
+
+def fake_mesh(processes):
+    """Other processes that are not there, and answer nothing."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    return new_mesh(torch.device("cpu"))
 
 
 def without_adapter(model):
@@ -219,7 +251,7 @@ def rollout(model, reference, vq, alive, prompts, images, tested, pairs):
 
 
 def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1, graph=True,
-          lora=0, measure=False):
+          lora=0, processes=1, measure=False):
     """A task -> {phase: GiB alive at its peak}.
 
     task: "sampling" of a policy in bf16; "pretrain" or "ppo" as `--preset janus` has them, with
@@ -227,18 +259,24 @@ def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1
     backward; prompts: sampled at once; images: of a prompt; tested: prompts sampled at once in the
     tests of PPO; pairs: of its rollout, all with ground truth; graph: decoding is a CUDA graph,
     which keeps its caches, and bf16 weights of its own, from one rollout to the next; lora: the
-    rank of an adapter. measure: on a GPU, with real tensors, by its allocator."""
+    rank of an adapter; processes: among which both models are split (--shard 1), this is what one
+    has. measure: on a GPU, with real tensors, by its allocator."""
     running = "graph" if graph else "eager"
+    mesh = fake_mesh(processes) if processes > 1 else None
     where = torch.device("cuda") if measure else FakeTensorMode()
     capture = nullcontext() if measure else mock.patch("extras.cuda_graph.capture", take_step)
     with where, capture, Measured() if measure else Alive() as alive:
         if task == "sampling":
             model = stored_policy(cfg, running)
         else:
-            model, optimizer = trained_policy(cfg, running, lora)
+            model, optimizer = trained_policy(cfg, running, lora, mesh)
         reference = None
         if task == "ppo":               # with an adapter: the same weights without it
             reference = without_adapter(model) if lora else stored_policy(cfg, running)
+            if mesh:
+                reference = ImageModel(cfg)
+                reference.bf16 = True
+                split_model(reference, mesh)
         vq = VQModel(vq_cfg).requires_grad_(False)
         alive.rest()
         alive.phase("at rest")

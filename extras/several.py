@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import distribute_tensor
 
@@ -122,27 +123,40 @@ def add_up_and_clip(parameters, most):
 
 
 # -- Split models ----------------------------------------------------------------------------------
-def split_model(model):
-    """Split the layers of an ImageModel among the processes, in place. Embeddings and head stay
-    whole in each: they are small, and called outside of a layer."""
-    mesh = init_device_mesh(model.embed_tokens.weight.device.type, (dist.get_world_size(),))
+def split_model(model, mesh=None):
+    """Split an ImageModel in fp32 among the processes, in place: each layer, and what is called
+    outside of the layers. mesh: torch's list of the processes."""
+    mesh = mesh or new_mesh(model.embed_tokens.weight.device)
     dtype = torch.bfloat16 if model.bf16 else None
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    for name, module in model.named_children():
+        if name == "layers":
+            for layer in module:
+                fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        else:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)       # the root: it frees what one backward needed
+    for name in ("embed_text", "embed_images", "hidden", "logits"):
+        register_fsdp_forward_method(model, name)
     model.running = "sharded"
+
+
+def new_mesh(device):
+    return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 @contextmanager
 def gathered(model):
-    """The layers are whole in here, for many short forwards without gradients."""
-    layers = [layer for layer in model.layers if isinstance(layer, FSDPModule)]
-    for layer in layers:
-        layer.set_reshard_after_forward(False)
-    yield
-    for layer in layers:
-        layer.set_reshard_after_forward(True)
-        layer.reshard()
+    """The model is whole in here, for many short forwards without gradients."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True)
+            part.reshard()
 
 
 def split_like(x, own):

@@ -77,7 +77,7 @@ def run(command):
 FLAGS = {
     "pretrain": ["--muon-lr", 0, "--steps", 5],
     "ppo": ["--minibatches", 1, "--steps", 5, "--eval-every", 2, "--eval-pairs", 2, "--lr", 1e-3,
-            "--ground-truth", 2, 4, 5],
+            "--ground-truth", 2, 4, 5, "--guidance", 2],
 }
 FLAGS = {stage: ["--stage", stage, "--preset", "smoke", "--device", "cpu", *map(str, flags)]
          for stage, flags in FLAGS.items()}
