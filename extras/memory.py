@@ -39,6 +39,7 @@ GPUS = (24, 48, 80, 141)  # their makers' GB, which are GiB
 PROMPT = 64  # tokens of a prompt
 SPARE = 1.5  # GiB
 LORA = 16  # rank of an adapter in the table
+PROCESSES = (2, 8)  # among which a model is split in the table
 GUIDANCE = 5.0
 
 
@@ -332,7 +333,12 @@ def tasks_of(args):
             pairs=args.pairs,
         ),
     }
-    return tasks | {f"{ppo}, `--lora {LORA}`": tasks[ppo] | {"lora": LORA}}
+    tasks[f"{ppo}, `--lora {LORA}`"] = tasks[ppo] | {"lora": LORA}
+    for n in PROCESSES:                 # at least a pair a process
+        own = {"processes": n, "graph": False, "pairs": max(1, args.pairs // n)}
+        own["prompts"] = min(prompts, 2 * own["pairs"])
+        tasks[f"{ppo}, `--shard 1`, each of {n} GPUs"] = tasks[ppo] | own
+    return tasks
 
 
 def main(argv=None):
@@ -358,14 +364,15 @@ def main(argv=None):
     for size, cfg in JANUS.items():
         for name, settings in tasks_of(args).items():
             graph = args.compile == "auto"
-            phases = trace(cfg, VQConfig.janus(), graph=graph, **settings)
+            phases = trace(cfg, VQConfig.janus(), **{"graph": graph} | settings)
             most = max(phases, key=phases.get)
             total = phases[most] + SPARE
             fits = ", ".join(str(gpu) for gpu in GPUS if total <= gpu) or "none"
             rest = phases["at rest"]
             print(f"| {size} | {name} | {total:.1f} | {fits} GB | {most}; at rest {rest:.1f} |",
                   flush=True)
-            if args.measure and total <= torch.cuda.mem_get_info()[1] / 2**30:
+            alone = settings.get("processes", 1) == 1
+            if args.measure and alone and total <= torch.cuda.mem_get_info()[1] / 2**30:
                 measured = trace(cfg, VQConfig.janus(), graph=graph, measure=True, **settings)
                 shown = ", ".join(f"{phase} {phases[phase]:.2f} / {gib:.2f}"
                                   for phase, gib in measured.items())

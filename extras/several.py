@@ -110,15 +110,14 @@ def add_up_and_clip(parameters, most):
     parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if hasattr(p.grad, "to_local"):
-            p.grad *= dist.get_world_size()
-            squares[0] += p.grad.to_local().square().sum().cpu()
-        else:
-            p.grad = add_up(p.grad)
-            squares[1] += p.grad.square().sum().cpu()
+        split = hasattr(p.grad, "to_local")
+        p.grad = p.grad * dist.get_world_size() if split else add_up(p.grad)
+        own = p.grad.to_local() if split else p.grad
+        squares[0 if split else 1] += own.square().sum().cpu()
     norm = (add_up(squares[:1]) + squares[1:]).sqrt().squeeze()
+    scale = min(1.0, most / (norm.item() + 1e-6))
     for p in parameters:
-        p.grad *= (most / (norm.item() + 1e-6)) if norm > most else 1.0
+        p.grad *= scale
     return norm
 
 

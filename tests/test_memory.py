@@ -123,7 +123,7 @@ def test_tests_and_ground_truth_are_counted():
     needs less than the backward. The tests take more sequences at once than a rollout, because
     their prompts have two images: of the 1B they are the peak of a run."""
     args = Namespace(pairs=4, samples=7, microbatch=4)
-    *_, settings, _ = memory.tasks_of(args).values()
+    *_, settings = [task for task in memory.tasks_of(args).values() if len(task) == 6]
     shallow = replace(JANUS["1B"], n_layer=2)  # the real widths, in less time
     phases = trace(shallow, VQConfig.janus(), **settings)
     assert phases["test"] > phases["sample"]
@@ -147,6 +147,25 @@ def test_an_adapter_needs_no_second_model_and_few_moments():
     assert adapter["at rest"] == pytest.approx(once, rel=0.02)
     assert full["at rest"] > adapter["at rest"] + 11 * parameters(model) / 2**30
     assert adapter["update"] < adapter["forward and backward"] < full["forward and backward"]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype", "ignore:Found no requires_grad inputs")
+def test_a_process_holds_its_part_of_a_split_model():
+    """Weights, gradients, moments and reference are an eighth. Were the layers roots of their own,
+    a backward would hold the gradients of them all, whole, until its end."""
+    def split(n_layer):
+        cfg = replace(JANUS["1B"], n_layer=n_layer)
+        return trace(cfg, VQConfig.janus(), "ppo", graph=False, processes=8)
+
+    two, six = split(2), split(6)
+    with torch.device("meta"):
+        vq = 4 * parameters(VQModel(VQConfig.janus())) / 2**30
+        model = ImageModel(replace(JANUS["1B"], n_layer=6))
+        weights, layer = (4 * parameters(part) / 2**30 for part in (model, model.layers[0]))
+    assert six["at rest"] == pytest.approx(vq + 4 * weights / 8, rel=0.02)
+    assert six["update"] == pytest.approx(vq + 5 * weights / 8, rel=0.05)
+    more = six["forward and backward"] - two["forward and backward"]
+    assert more < 4 * (5 / 8 * layer) + layer           # and not 4 layers' gradients on top
 
 
 def test_the_table(capsys, monkeypatch):
@@ -174,7 +193,7 @@ def test_a_microbatch_bounds_the_backward_and_the_sampling(
     pairs, samples, microbatch, backward, prompts
 ):
     args = Namespace(pairs=pairs, samples=samples, microbatch=microbatch)
-    *_, (name, settings), _ = memory.tasks_of(args).items()
+    ((name, settings),) = [task for task in memory.tasks_of(args).items() if len(task[1]) == 6]
     assert (settings["sequences"], settings["prompts"]) == (backward, prompts)
     assert name == f"PPO, {backward} images a backward, {prompts * samples} sampled at once"
 
