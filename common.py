@@ -126,9 +126,8 @@ def only_process(folder):
 
 
 # -- Several processes -----------------------------------------------------------------------------
-# torchrun starts the same script several times. Each process does its share of the rows, all see
-# all results and decide alike, and the first one writes. extras/several.py: what they tell each
-# other.
+# torchrun starts the script several times. Each process does its share of the rows, all see all
+# results and decide alike, and the first one writes. extras/several.py: how they speak.
 
 def world():
     """(the number of this process, how many there are): 0, 1 without torchrun."""
@@ -179,10 +178,12 @@ def trained(module):
 
 def save_weights(path, tensors, **metadata):
     """{name: tensor} and JSON-able metadata -> a safetensors file."""
-    tensors = {k: whole(v.detach()).cpu().contiguous() for k, v in tensors.items()}
+    tensors = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors if leads()}
     # All metadata under one key, because the order of several would change from run to run.
     metadata = {"nanofocusdiff": json.dumps(metadata)}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+    total(torch.zeros(1))               # no process goes on, or ends, before it is written
 
 
 def read_tensor(path, name):
@@ -306,8 +307,8 @@ class Loop:
             loop.finish()                               # the weights are saved: drop the state
 
     A judge that is gone, an image that cannot be read and memory that is full end the run in
-    `__exit__`, for all stages: if the step has not changed the weights yet, its state is saved, and
-    --resume repeats it."""
+    `__exit__`, for all stages: if the step has not changed the weights yet, its state is saved (by
+    one process alone), and --resume repeats it."""
 
     def __init__(self, stage, cfg, resume):
         self.stage = stage
@@ -428,7 +429,7 @@ class Loop:
             raise error
         if self.diverged:               # --resume would come to the same step again
             raise UserError(f"{self.stage}, step {self.step}: {error}") from error
-        if not self.changed:
+        if not self.changed and world()[1] == 1:
             self.save(self.step)
         intact = (f"{self.path} of step {self.saved} is intact: mend it, then the same command "
                   "with --resume" if self.path.exists() else "Nothing was saved yet: start again")
@@ -496,8 +497,6 @@ class Loop:
 
     def finish(self):
         """The stage's weights are on disk: its state is needed no more."""
-        if not leads():
-            return
         self.path.with_suffix(".before").unlink(missing_ok=True)        # of BeforeAfter
         self.path.unlink(missing_ok=True)
 

@@ -27,10 +27,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from common import UserError, gather, leads, load_weights, make_folder, save_weights, share
-from common import write_atomically
+from common import world, write_atomically
 from data import TEST_PAIRS, image_grid, read_splits
 from model import empty_ids, generate
 from pairworld import ATTRIBUTES, CATEGORIES, different_attributes, pairworld, read_scene
@@ -93,8 +94,8 @@ def paircomp(images, pairs, judges, measure=None):
     prompts = [prompt for prompt in pairs.flat_prompts() for _ in range(k)]
     report, raw, own = {}, {}, share(len(flat))
     for name, judge in judges.items():
-        scores = gather(len(flat), judge.score(flat[own], prompts[own]))
-        scores = scores.view(len(pairs), 2 * k).numpy()
+        scores = judge.score(flat[own], prompts[own]) if prompts[own] else torch.empty(0)
+        scores = gather(len(flat), scores).view(len(pairs), 2 * k).numpy()
         known = np.isfinite(scores).all(1)              # NaN: the judge could not answer
         if not known.all():
             print(f"{name} judge: no answer to {np.isnan(scores).sum()} images; of its averages "
@@ -133,6 +134,9 @@ def image_chunks(model, vq, prompts, per_prompt, guidance, temperature, seed, ba
     prompts, images (r, K, H, W, 3) uint8). A chunk can be left out, wanted(indices) = False."""
     model.prompt_ids(prompts)           # one that is too long is an error now, not half way
     noise = image_noise(model, len(prompts) * per_prompt, seed)         # (N, R*K)
+    missing = -len(prompts) % world()[1]        # then each process has as many, and none waits
+    prompts = [*prompts, *prompts[-1:] * missing]
+    noise = F.pad(noise, (0, missing * per_prompt))
     own = share(len(prompts))
     batch = min(batch, (own.stop - own.start) * per_prompt)
     step = max(1, batch // per_prompt)
@@ -157,7 +161,8 @@ def generate_images(model, vq, prompts, per_prompt, guidance, temperature, seed,
         out.append(images)
         if progress:
             progress(len(indices))
-    return gather(len(prompts), torch.from_numpy(np.concatenate(out))).numpy()
+    n = len(prompts) + -len(prompts) % world()[1]
+    return gather(n, torch.from_numpy(np.concatenate(out)))[:len(prompts)].numpy()
 
 
 # -- Before and after PPO --------------------------------------------------------------------------

@@ -17,7 +17,6 @@ K of them in sight, V image codes, C width, H heads, D head width, R distinct pr
 each, rows = R*G, and twice as many with guidance.
 """
 import functools
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -269,9 +268,8 @@ def generate(model, prompts, empty, samples=1, guidance=1.0, temperature=1.0, ge
         shape = model.cfg.n_image, len(prompts) * samples
         noise = torch.rand(shape, generator=generator, device=prompts.device)
     at_once = max(1, batch // samples) if batch else len(prompts)
-    layers = several().gathered(model) if model.running == "sharded" else nullcontext()
-    drawn = []
-    with torch.no_grad(), model.autocast(), layers:
+    sharded, drawn = model.running == "sharded", []
+    with several().gathered(model) if sharded else torch.inference_mode(), model.autocast():
         for part, columns in zip(prompts.split(at_once), noise.split(at_once * samples, 1)):
             n = columns.shape[1]
             if "graph" in model.running and batch:      # a shorter batch would be another graph
@@ -280,6 +278,7 @@ def generate(model, prompts, empty, samples=1, guidance=1.0, temperature=1.0, ge
                 columns = F.pad(columns, (0, missing * samples))        # (N, at_once*G)
             tokens, logprobs = decode(model, part, empty, samples, guidance, temperature, columns)
             drawn.append((tokens[:n], logprobs[:n]))
+    # Outside of inference mode: training may use them.
     return tuple(torch.cat(column) for column in zip(*drawn))
 
 

@@ -30,7 +30,7 @@ def add_policy_flags(parser):
     parser.add_argument("--guidance", type=float,
                         help="w of classifier-free guidance (the policy's best, as PPO found it)")
     parser.add_argument("--temperature", type=float, help="tau (likewise)")
-    parser.add_argument("--seed", type=int, default=0, help="images follow from it and --batch (0)")
+    parser.add_argument("--seed", type=int, default=0, help="images follow from it (0)")
     parser.add_argument("--batch", type=int, default=64, help="images at once (64)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--compile", choices=["auto", "off", "on"],

@@ -50,8 +50,7 @@ from tokenizer import kmeans_codes, update_codebook, vq_loss
 # Settings: a dataclass a stage, whose fields are its flags. A name without a type is a constant.
 
 def flag(default, text, origin="ours", **limits):
-    """origin: whose value the default is, the paper's, the official code's, or ours. limits: least,
-    or choices."""
+    """origin: whose value the default is: paper, official or ours. limits: least, or choices."""
     metadata = {"help": text, "origin": origin, **limits}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -87,8 +86,7 @@ class Tokenizer(Common):
 class Pretrain(Common):
     init: str = flag("", "run folder whose base model is fine-tuned; empty starts from nothing")
     extra: float = flag(0.65, "chance that a PairWorld caption names an optional part")
-    mistakes: float = flag(0.6, "chance that a PairWorld caption of a careless subject, hearts and "
-                                "all that is yellow, mistakes a detail: left for right", least=0)
+    mistakes: float = flag(0.6, "chance that a careless caption mistakes a detail", least=0)
     steps: int = flag(1200, "optimizer steps", least=1)
     batch: int = flag(32, "images a step", least=1)
     microbatch: int = flag(0, "images a backward, with activations made again; 0: all", least=0)
@@ -113,9 +111,8 @@ class Reward(Common):
     lr: float = flag(7e-4, "peak learning rate of AdamW", least=0)
     muon_lr: float = flag(0.005, "peak learning rate of Muon; 0 leaves its matrices to AdamW")
     splices_from: int = flag(500, "step from which splices are shown too, see reward.splice")
-    negatives: str = flag("twins", "whose prompt the training judge learns to refuse: the twin's, "
-                          "or another pair's, for a judge that never saw near misses",
-                          choices=("twins", "others"))
+    negatives: str = flag("twins", "whose prompts the training judge learns to refuse; others: it "
+                          "never sees near misses", choices=("twins", "others"))
     width: int = flag(96, "width of the judges, a multiple of 8")
     warmup = 50
     decay = 0.5
@@ -157,6 +154,7 @@ class PPO(Common):
     decay = 0.3
 
 
+BY_TORCHRUN = "TORCHELASTIC_RUN_ID"     # what torchrun sets in the environment of its processes
 STAGES = {"tokenizer": Tokenizer, "pretrain": Pretrain, "reward": Reward, "ppo": PPO}
 NEEDS = {"tokenizer": [], "pretrain": ["tokenizer"], "reward": ["tokenizer"],
          "ppo": ["tokenizer", "pretrain", "reward"]}
@@ -691,7 +689,7 @@ def check(cfg):
             bad(f.name, "be a finite number")
         if "least" in f.metadata and value < f.metadata["least"]:
             bad(f.name, f"be at least {f.metadata['least']}")
-    size = int(os.environ.get("WORLD_SIZE", 1))        # processes of torchrun
+    size = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN in os.environ else 1
     units = {"n_embd": 2 * getattr(cfg, "n_head", 1), "ch": VQConfig.norm_groups, "width": 8}
     for name, unit in units.items():
         if getattr(cfg, name, 0) % unit:
@@ -701,6 +699,8 @@ def check(cfg):
         bad("shard", "go with several processes of torchrun, with --muon-lr 0, and without --lora")
     if isinstance(cfg, Tokenizer) and cfg.unquantized >= cfg.steps:
         bad("unquantized", f"be less than --steps {cfg.steps}: the codebook is made then")
+    if isinstance(cfg, Pretrain) and cfg.batch % size:
+        bad("batch", f"be a multiple of {size} processes")
     if isinstance(cfg, PPO):
         check_ppo(cfg, bad, size)
 
@@ -792,13 +792,12 @@ def main(argv=None):
         from extras.judges import name_judges
         cfg = name_judges(cfg)
     make_folder(cfg.out)
-    by_torchrun = "WORLD_SIZE" in os.environ
-    processes = several().joined(cfg.device) if by_torchrun else nullcontext()
+    processes = several().joined(cfg.device) if BY_TORCHRUN in os.environ else nullcontext()
     with processes, only_process(cfg.out):
         train_stages(stage, cfg, preset, resume)
-    if stage == "ppo" and leads():
-        from extras.plots import draw_curves
-        print(f"curves: {draw_curves(Path(cfg.out))}")
+        if stage == "ppo" and leads():
+            from extras.plots import draw_curves
+            print(f"curves: {draw_curves(Path(cfg.out))}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import load_strictly, load_weights
+from common import UserError, load_strictly, load_weights
 from model import ImageModel
 
 
@@ -51,6 +51,8 @@ def with_adapter(base, rank, seed=0):
 def load_adapter(base, path):
     """A base model and a file of its adapter -> the model with it."""
     tensors, metadata = load_weights(path)
+    if "lora" not in metadata:
+        raise UserError(f"{path}: holds no adapter, though the run's config.json has --lora")
     model = with_adapter(base, metadata["lora"])
     return load_strictly(model, model.state_dict() | tensors, path)
 

@@ -173,6 +173,8 @@ def trained_policy(cfg, running, lora, mesh):
     for p in weights:
         p.grad = torch.zeros_like(p)
     optimizer.step()  # makes the moments
+    # What BestState keeps; of a model that is whole in main memory.
+    model.kept = [p.detach().clone() for p in weights] if mesh else []
     optimizer.zero_grad()
     return model, optimizer
 

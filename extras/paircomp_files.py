@@ -165,7 +165,9 @@ def same_settings(folder, model, prompts, guidance, temperature, seed):
     a result. FOLDER.settings.json, beside it, remembers."""
     def digest(parts):
         return hashlib.sha256(b"".join(parts)).hexdigest()
-    weights = model.norm.weight, model.gen_head[-1].bias                # every training moves them
+    weights = [model.norm.weight, model.gen_head[-1].bias]              # every training moves them
+    if model.lora:
+        weights.append(model.layers[-1].mlp.down_proj.up)               # and with --lora this
     settings = {"weights": digest([w.detach().float().cpu().numpy().tobytes() for w in weights]),
                 "prompts": digest([json.dumps(prompts).encode()]),
                 "guidance": guidance, "temperature": temperature, "seed": seed}

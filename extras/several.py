@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many, as torchrun starts them:
+"""Several processes, as torchrun starts them, with a run folder that all of them see:
 
     torchrun --nproc-per-node 8 train.py --stage ppo --out runs/janus ...
 
@@ -46,11 +46,14 @@ def joined(device):
             with redirect_stdout(out), redirect_stderr(err):
                 yield
     except BaseException as error:
-        if not isinstance(error, (UserError, KeyboardInterrupt)) and not is_lost(error):
+        if isinstance(error, KeyboardInterrupt):
+            error = "stopped at once; what was saved before is intact, go on with --resume"
+        elif is_lost(error):
+            error = "another process of this run has ended"
+        elif not isinstance(error, (UserError, OSError)):
             raise
         if is_first(store):
-            said = "another process of this run has ended" if is_lost(error) else error
-            print(f"error: {said}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)             # without waiting for processes that are gone
     dist.destroy_process_group()
 
@@ -131,6 +134,8 @@ def split_model(model, mesh=None):
     for name, module in model.named_children():
         if name == "layers":
             for layer in module:
+                for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                    fully_shard(norm, mesh=mesh, reshard_after_forward=True)        # in fp32
                 fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
         else:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -146,12 +151,14 @@ def new_mesh(device):
 
 @contextmanager
 def gathered(model):
-    """The model is whole in here, for many short forwards without gradients."""
+    """The model is whole in here, for many short forwards without gradients. No inference mode:
+    weights gathered in it could not be trained."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False)
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_forward(True)

@@ -130,6 +130,7 @@ def test_n_processes_train_the_run_of_one(smoke, alone, run, tmp_path, n, stage,
     done = run(n, *FLAGS[stage], "--shard", shard, "--out", out)
     same_run(stage, out, alone[stage])
     assert done.stdout.count(f"{stage}: done in") == 1              # one process speaks
+    assert done.stdout.count("curves: ") == (stage == "ppo")
     kept = {path.name for path in out.iterdir()}
     assert kept == {path.name for path in alone[stage].iterdir()}
 
@@ -175,7 +176,8 @@ def test_a_killed_process_ends_all(smoke, alone, command, run, tmp_path, victim)
 
 def test_a_judge_that_one_process_cannot_reach_ends_all(smoke, run, tmp_path):
     out = copy_of(smoke, tmp_path / "run", *NEEDS["ppo"])
-    (line,) = said(run(2, *FLAGS["ppo"], "--out", out, ok=False, change=JUDGE_GONE).stderr)
+    words = *FLAGS["ppo"], "--out", out, tmp_path / "pid"
+    (line,) = said(run(2, *words, ok=False, change=SAVES_ALWAYS + JUDGE_GONE).stderr)
     assert "ppo, step 2: the judge is gone" in line
     assert load_weights(out / "ppo.state")[1]["step"] == 2
 
@@ -184,11 +186,13 @@ def test_a_judge_that_one_process_cannot_reach_ends_all(smoke, run, tmp_path):
     (["--stage", "tokenizer"], "stage tokenizer is for one process"),
     (["--stage", "ppo"], "stage tokenizer is for one process: train it first, without torchrun"),
     (["--stage", "ppo", "--pairs", "5", "--minibatches", "1"], "be a multiple of --minibatches 1"),
+    (["--stage", "pretrain", "--batch", "25"], "--batch 25: should be a multiple of 2 processes"),
     (["--stage", "pretrain", "--shard", "1"], "with --muon-lr 0"),
     (["--stage", "ppo", "--shard", "1", "--lora", "4"], "and without --lora"),
 ])
 def test_what_several_processes_refuse(argv, says, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(train, "world", lambda: (0, 2))
     with pytest.raises(UserError, match=says) as error:
         stage, resume, cfg, preset = train.parse([*argv, "--preset", "smoke",
