@@ -207,7 +207,7 @@ ARMS = {  # name: (settings of PPO, objective as a function of the settings, Non
     "tuned": (PAIR, None),              # its base was fine-tuned on the pairs' images: --base
 }
 # Settings of all arms, unless --preset or a flag says otherwise; the others are the default's.
-RECIPE = {"eval_pairs": 60}
+RECIPE = {"eval_pairs": 60, "lr": 4e-4}
 
 # --------------------------------------------------------------------------------------------------
 # Running
