@@ -14,7 +14,7 @@ stands. A judge in the same memory is not counted either.
 import argparse
 import sys
 import weakref
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from unittest import mock
 
 import torch
@@ -179,12 +179,18 @@ def trained_policy(cfg, running, lora, mesh):
     return model, optimizer
 
 
+@contextmanager
 def fake_mesh(processes):
-    """Other processes that are not there, and answer nothing."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """torch's list of processes, of which the others are not there and answer nothing; None for
+    one process."""
+    if processes == 1:
+        yield None
+        return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-    return new_mesh(torch.device("cpu"))
+    try:
+        yield new_mesh(torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
 
 
 def without_adapter(model):
@@ -265,10 +271,10 @@ def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1
     rank of an adapter; processes: among which both models are split (--shard 1), this is what one
     has. measure: on a GPU, with real tensors, by its allocator."""
     running = "graph" if graph else "eager"
-    mesh = fake_mesh(processes) if processes > 1 else None
     where = torch.device("cuda") if measure else FakeTensorMode()
     capture = nullcontext() if measure else mock.patch("extras.cuda_graph.capture", take_step)
-    with where, capture, Measured() if measure else Alive() as alive:
+    counter = Measured() if measure else Alive()
+    with fake_mesh(processes) as mesh, where, capture, counter as alive:
         if task == "sampling":
             model = stored_policy(cfg, running)
         else:
