@@ -121,7 +121,10 @@ def numbers(entry, prefix=""):
     return found
 
 
-CASES = [(2, "pretrain", 0), (4, "ppo", 0), (2, "pretrain", 1), (2, "ppo", 1)]
+# The gate has ten minutes: what other cases cover too runs with ALL_PROCESSES=1.
+LONG = pytest.mark.skipif("ALL_PROCESSES" not in os.environ, reason="wants ALL_PROCESSES=1")
+CASES = [pytest.param(2, "pretrain", 0, marks=LONG), (4, "ppo", 0), (2, "pretrain", 1),
+         pytest.param(2, "ppo", 1, marks=LONG)]
 
 
 @pytest.mark.parametrize("n, stage, shard", CASES)
@@ -149,7 +152,7 @@ def said(stderr):
     return [line for line in stderr.splitlines() if "error: " in line]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=LONG), 1])
 def test_a_killed_process_ends_all(smoke, alone, command, run, tmp_path, victim):
     """SIGKILL to one: the other says one line, nothing hangs, and what was saved goes on."""
     out = copy_of(smoke, tmp_path / "run", *NEEDS["ppo"])
