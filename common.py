@@ -172,8 +172,9 @@ def several():
 
 # -- Weights ---------------------------------------------------------------------------------------
 def trained(module):
-    """{name: parameter} of what is trained: with --lora the adapter alone."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """{name: tensor} of what training changes: all, or with --lora the adapter alone."""
+    lora, own = getattr(module, "lora", 0), module.state_dict()
+    return {k: x for k, x in own.items() if not lora or k.endswith((".down", ".up"))}
 
 
 def save_weights(path, tensors, **metadata):
@@ -214,7 +215,7 @@ def load_strictly(module, tensors, path, assign=False):
 
     assign: the tensors become the module's own instead of being copied. The module may then be on
     the device "meta", without memory."""
-    own = module.state_dict()
+    own = trained(module)
     bad = [f"missing {k}" for k in own if k not in tensors]
     bad += [f"unexpected {k}" for k in tensors if k not in own]
     for k in own.keys() & tensors.keys():
@@ -222,7 +223,7 @@ def load_strictly(module, tensors, path, assign=False):
             bad.append(f"{k} is {tuple(tensors[k].shape)}, should be {tuple(own[k].shape)}")
     if bad:
         raise UserError(f"{path}: does not fit this {type(module).__name__}: {'; '.join(bad)}")
-    module.load_state_dict({k: like(v, own[k]) for k, v in tensors.items()}, assign=assign)
+    module.load_state_dict({k: like(v, own[k]) for k, v in tensors.items()}, False, assign)
     return module
 
 
@@ -369,7 +370,7 @@ class Loop:
             part, name = key.split("|", 1)
             parts.setdefault(part, {})[name] = value
         for name, module in self.modules.items():
-            load_strictly(module, module.state_dict() | parts.get(name, {}), self.path)
+            load_strictly(module, parts.get(name, {}), self.path)
         for n, optimizer in enumerate(self.optimizers):
             state, params = {}, [p for group in optimizer.param_groups for p in group["params"]]
             for key, value in parts.get(f"optimizer{n}", {}).items():

@@ -549,7 +549,7 @@ class BestState:
         self.optimizer = optimizer
         self.before_after = test
         # In main memory, or if they are split (--shard), where they are.
-        self.weights = {name: x.detach().clone() if cfg.shard else x.detach().cpu().clone()
+        self.weights = {name: x.clone() if cfg.shard else x.cpu().clone()
                         for name, x in trained(policy).items()}
         self.scores = torch.full([len(test.sets["validation"][0])], -1.0)   # the best test's s_g
         self.rollouts = torch.tensor(0)                 # after which the kept state was tested
@@ -567,7 +567,7 @@ class BestState:
         if gain > -error:
             self.rollouts.fill_(step)
             for name, x in trained(self.policy).items():
-                self.weights[name].copy_(x.detach())
+                self.weights[name].copy_(x)
         elif gain < -3 * error:
             self.policy.load_state_dict(self.weights, strict=False)
             self.optimizer.state.clear()
@@ -590,7 +590,7 @@ class BestState:
         print("not plainly better than the base model: ppo.safetensors holds the base model")
         base = reference.state_dict()
         for name, x in trained(self.policy).items():
-            x.data.copy_(base.get(name, torch.zeros_like(x)))           # no adapter is one of zeros
+            x.copy_(base.get(name, torch.zeros_like(x)))                # no adapter is one of zeros
         return test.base_setting
 
 
@@ -650,8 +650,7 @@ def parse(argv):
     if unknown:
         from extras.moved import explain
         raise UserError(explain(unknown[0], stage, parser._option_string_actions, STAGES))
-    args = vars(args)
-    cfg = STAGES[stage](**{f.name: args[f.name] for f in fields(defaults)})
+    cfg = STAGES[stage](**{f.name: getattr(args, f.name) for f in fields(defaults)})
     check(cfg)
     return stage, known.resume, cfg, preset
 

@@ -54,7 +54,7 @@ def load_adapter(base, path):
     if "lora" not in metadata:
         raise UserError(f"{path}: holds no adapter, though the run's config.json has --lora")
     model = with_adapter(base, metadata["lora"])
-    return load_strictly(model, model.state_dict() | tensors, path)
+    return load_strictly(model, tensors, path)
 
 
 def merged(weights, adapter):

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import GEOMETRIES
-from common import UserError, pick_device, trained
+from common import UserError, pick_device
 from eval_paircomp import IMAGES_PER_PROMPT
 from extras.lora import with_adapter
 from extras.several import new_mesh, split_model
@@ -168,7 +168,7 @@ def trained_policy(cfg, running, lora, mesh):
     model.running = running
     if mesh:
         split_model(model, mesh)
-    weights = list(trained(model).values())
+    weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, fused=True)
     for p in weights:
         p.grad = torch.zeros_like(p)

@@ -157,6 +157,29 @@ def test_killed_and_resumed_ends_bitwise_equal(smoke, tmp_path, stage):
     assert stage != "ppo" or truth[0] and not all(truth)
 
 
+def test_a_tokenizer_goes_on_with_its_codebook(tmp_path, monkeypatch):
+    """A state once held what has gradients alone. The codebook has none: a tokenizer that was
+    stopped behind the step in which it is made went on with a random one."""
+    argv = ["--stage", "tokenizer", "--preset", "smoke", "--device", "cpu", "--steps", "8",
+            "--unquantized", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.main([*argv, "--out", str(whole)])
+    optimizer_step = train.Loop.optimizer_step
+
+    def stop_in_time(self, step):
+        self.interrupted = step == 4
+        return optimizer_step(self, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "optimizer_step", stop_in_time)
+        with pytest.raises(UserError, match="nothing is lost"):
+            train.main([*argv, "--out", str(stopped)])
+    state = load_weights(stopped / "tokenizer.state")[0]
+    assert "model|quantize.embedding.weight" in state
+    train.main([*argv, "--out", str(stopped), "--resume"])
+    files = [folder / "tokenizer.safetensors" for folder in (whole, stopped)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_folder_in_use_is_refused(smoke, tmp_path):
     """Two processes wrote into one folder: two runs' steps in one log, and the state of whichever
     saved last. The lock goes with its process, so that a killed run is not in the way."""
