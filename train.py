@@ -440,7 +440,7 @@ def train_ppo(cfg, loop, algo=ppo):
     sampling = dict(empty=empty_ids(policy), guidance=cfg.guidance, temperature=cfg.temperature)
     n_questions = len(inspect.signature(algo.REWARDS[cfg.reward]).parameters)
     optimizer = adamw(policy.parameters(), cfg.lr, 0.0, eps=1e-5)
-    best = BestState(cfg, policy, optimizer, test, loop)
+    best = BestState(policy, optimizer, test, loop)
     loop.start({"model": policy}, [optimizer], best.tensors)
     test.before(reference, loop)
 
@@ -544,12 +544,12 @@ class BestState:
     the end the kept state meets the base model, each at its own best (w, tau). Unless it is better
     by more than one standard error, the base model stays."""
 
-    def __init__(self, cfg, policy, optimizer, test, loop):
+    def __init__(self, policy, optimizer, test, loop):
         self.policy = policy
         self.optimizer = optimizer
         self.before_after = test
         # In main memory, or if they are split (--shard), where they are.
-        self.weights = {name: x.clone() if cfg.shard else x.cpu().clone()
+        self.weights = {name: x.clone() if hasattr(x, "full_tensor") else x.cpu().clone()
                         for name, x in trained(policy).items()}
         self.scores = torch.full([len(test.sets["validation"][0])], -1.0)   # the best test's s_g
         self.rollouts = torch.tensor(0)                 # after which the kept state was tested

@@ -10,7 +10,7 @@ from eval_paircomp import main as evaluate
 from extras.cuda_graph import sampling_copy
 from extras.lora import Adapted, load_adapter, merged, with_adapter
 from model import ImageModel, ModelConfig, generate, load_policy, score
-from test_train import copy_of, log_of
+from test_train import copy_of, log_of, stopped_in
 
 STAGES = "tokenizer", "pretrain", "reward"
 EMPTY = torch.tensor([[1, 2]])
@@ -115,16 +115,8 @@ def test_a_run_with_an_adapter(smoke, tmp_path, monkeypatch):
     # The last state, were it worse than the base.
     monkeypatch.setattr(train.BestState, "finish", lambda self, step, base: (1.0, 1.0))
     train.main([*argv, "--out", str(whole)])
-
-    optimizer_step = train.Loop.optimizer_step
-
-    def stop_in_time(self, step):
-        self.interrupted = step == 2
-        return optimizer_step(self, step)
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Loop, "optimizer_step", stop_in_time)
-        with pytest.raises(train.UserError, match="nothing is lost"):
-            train.main([*argv, "--out", str(stopped)])
+    with stopped_in(2):
+        train.main([*argv, "--out", str(stopped)])
     names = load_weights(stopped / "ppo.state")[0]
     assert all(name.endswith((".down", ".up", ".exp_avg", ".exp_avg_sq", ".step", "|scores",
                               "|rollouts", "|lr_share")) for name in names)

@@ -222,7 +222,7 @@ def test_a_run_folder_is_largest_when_the_next_state_is_written(tmp_path, monkey
     with common.Loop("ppo", PPO(out=str(tmp_path), steps=3), resume=False) as loop:
         optimizer = common.adamw(policy.parameters(), 1e-3, 0.0)
         test = SimpleNamespace(sets={"validation": ([], None)})
-        best = BestState(PPO(), policy, optimizer, test, loop)
+        best = BestState(policy, optimizer, test, loop)
         loop.start({"model": policy}, [optimizer], best.tensors)
         for step in loop:
             for p in policy.parameters():

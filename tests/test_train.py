@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +65,20 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.01)
+
+
+@contextmanager
+def stopped_in(step):
+    """Ctrl-C in a step of a run in here, which that step still ends."""
+    optimizer_step = train.Loop.optimizer_step
+
+    def stop_in_time(self, number):
+        self.interrupted = number == step
+        return optimizer_step(self, number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Loop, "optimizer_step", stop_in_time)
+        with pytest.raises(UserError, match="nothing is lost"):
+            yield
 
 
 def copy_of(smoke, folder, *stages):
@@ -157,22 +172,15 @@ def test_killed_and_resumed_ends_bitwise_equal(smoke, tmp_path, stage):
     assert stage != "ppo" or truth[0] and not all(truth)
 
 
-def test_a_tokenizer_goes_on_with_its_codebook(tmp_path, monkeypatch):
+def test_a_tokenizer_goes_on_with_its_codebook(tmp_path):
     """A state once held what has gradients alone. The codebook has none: a tokenizer that was
     stopped behind the step in which it is made went on with a random one."""
     argv = ["--stage", "tokenizer", "--preset", "smoke", "--device", "cpu", "--steps", "8",
             "--unquantized", "2"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train.main([*argv, "--out", str(whole)])
-    optimizer_step = train.Loop.optimizer_step
-
-    def stop_in_time(self, step):
-        self.interrupted = step == 4
-        return optimizer_step(self, step)
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Loop, "optimizer_step", stop_in_time)
-        with pytest.raises(UserError, match="nothing is lost"):
-            train.main([*argv, "--out", str(stopped)])
+    with stopped_in(4):
+        train.main([*argv, "--out", str(stopped)])
     state = load_weights(stopped / "tokenizer.state")[0]
     assert "model|quantize.embedding.weight" in state
     train.main([*argv, "--out", str(stopped), "--resume"])
@@ -288,7 +296,7 @@ def best_state(policy, optimizer, scores, at_best=None, base=None):
                            referee="heldout",
                            base_scores=base, best_setting=lambda model: ((1.0, 0.6), at_best),
                            quick=lambda model: (np.array(next(answers)), {}))
-    return train.BestState(train.PPO(), policy, optimizer, test, SimpleNamespace())
+    return train.BestState(policy, optimizer, test, SimpleNamespace())
 
 
 def test_a_policy_that_became_worse_goes_back_and_slows_down(capsys):
