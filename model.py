@@ -229,6 +229,13 @@ def empty_like(prompts, pad):
     return prompts.masked_fill(inner, pad)
 
 
+def empty_prompts(prompts, empty, pad):
+    """The empty prompts that guide prompts (R, T): (R, T), or (1, T) of the one (1, E) for all."""
+    if empty is None:
+        return empty_like(prompts, pad)
+    return F.pad(empty, (0, prompts.shape[1] - empty.shape[1]), value=pad)
+
+
 def empty_ids(model):
     """What `generate` and `score` want as `empty`: the ids (1, E) of the one empty prompt, or None
     where each prompt has an empty prompt of its own length."""
@@ -250,6 +257,12 @@ def policy_logits(cond, uncond, guidance, temperature):
     if uncond is None:
         return cond.float() / temperature
     return (uncond.float() + guidance * (cond.float() - uncond.float())) / temperature
+
+
+def log_policy(model, h, guidance, temperature):
+    """log pi (n, V) from hidden states (n, C); with guidance (2n, C), the empty prompt's below."""
+    cond, *uncond = model.logits(h).chunk(1 if guidance == 1 else 2)
+    return policy_logits(cond, *(uncond or [None]), guidance, temperature).log_softmax(-1)
 
 
 # -- Sampling --------------------------------------------------------------------------------------
@@ -291,10 +304,7 @@ def prefill(model, prompts, empty, samples, guidance, rope, caches):
     n, t = prompts.shape
     source = torch.arange(n, device=prompts.device).repeat_interleave(samples)          # (R*G,)
     if guidance != 1:
-        if empty is None:
-            empty = empty_like(prompts, model.cfg.pad)                  # (R, T)
-        else:
-            empty = F.pad(empty, (0, t - empty.shape[1]), value=model.cfg.pad)          # (1, T)
+        empty = empty_prompts(prompts, empty, model.cfg.pad)
         prompts = torch.cat([prompts, empty])
         source = torch.cat([source, n + source % len(empty)])           # (rows,)
     lengths = prompt_lengths(prompts, model.cfg.pad)
@@ -312,9 +322,7 @@ def draw(model, h, noise, guidance, temperature):
     The token is the first one at which the cumulated probabilities exceed the noise, times their
     sum, which rounding leaves near 1; the last token if none does. Nothing waits for the device,
     as torch.multinomial would."""
-    cond, *uncond = model.logits(h).chunk(1 if guidance == 1 else 2)    # (B, V) each
-    logits = policy_logits(cond, uncond[0] if uncond else None, guidance, temperature)
-    logprobs = logits.log_softmax(-1)
+    logprobs = log_policy(model, h, guidance, temperature)              # (B, V)
     cumulated = logprobs.exp().cumsum(-1)
     token = (cumulated[:, :-1] <= noise[:, None] * cumulated[:, -1:]).sum(-1)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
@@ -398,11 +406,13 @@ def image_hidden(model, prompts, tokens):
     return take(h, lengths - 1 + number).flatten(0, 1)
 
 
-def empty_hidden(model, prompts, tokens, empty):
-    """`image_hidden` of the branch of the empty prompt."""
-    if empty is None:
-        return image_hidden(model, empty_like(prompts, model.cfg.pad), tokens)
-    return image_hidden(model, empty.expand(len(tokens), -1), tokens)
+def both_hidden(model, prompts, tokens, empty, guidance):
+    """[`image_hidden`], and with guidance that of the empty prompt, too. One forward does both: of
+    two, autograd would hold a gradient of all weights until it has the other."""
+    if guidance == 1:
+        return [image_hidden(model, prompts, tokens)]
+    empty = empty_prompts(prompts, empty, model.cfg.pad).expand(len(prompts), -1)
+    return image_hidden(model, torch.cat([prompts, empty]), tokens.repeat(2, 1)).chunk(2)
 
 
 def by_chunks(function, chunk, *rows):
@@ -422,18 +432,14 @@ def score(model, prompts, tokens, empty=None, guidance=1.0, temperature=1.0, chu
 
     prompts (B, T), tokens (B, N), empty as in `generate` -> logprobs (B, N) and entropy (B, N) in
     nats, fp32. The entropy carries no gradient. At most chunk*V logits exist at once."""
-    def head(token, cond, uncond=None):
-        uncond = None if uncond is None else model.logits(uncond)
-        logits = policy_logits(model.logits(cond), uncond, guidance, temperature)
-        logp = logits.log_softmax(-1)                                   # (chunk, V)
+    def head(token, *hidden):
+        logp = log_policy(model, torch.cat(hidden), guidance, temperature)          # (chunk, V)
         with torch.no_grad():
             entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, token[:, None])[:, 0], entropy
 
     with model.autocast():
-        hidden = [image_hidden(model, prompts, tokens)]
-        if guidance != 1:
-            hidden.append(empty_hidden(model, prompts, tokens, empty))
+        hidden = both_hidden(model, prompts, tokens, empty, guidance)
         logprobs, entropy = by_chunks(head, chunk, tokens.flatten(), *hidden)
     return logprobs.view_as(tokens), entropy.view_as(tokens)
 
@@ -446,23 +452,18 @@ def prompt_divergence(model, prompts, twins, tokens, empty=None, guidance=1.0, t
 
     prompts (B, T), twins (B, T'), tokens (B, N) -> (B, N) fp32 in nats, 0..log 2. With an `other`
     model, that one reads the twins."""
-    models = model, other or model
-    branches = [(models[0], prompts), (models[1], twins)]
-
-    def head(*h):
-        logits = [m.logits(x) for m, x in zip(models * 2, h)]         # two, or four if guided
-        uncond = logits[2:] or [None, None]
-        p, q = (policy_logits(cond, u, guidance, temperature).log_softmax(-1)
-                for cond, u in zip(logits, uncond))
+    def head(*hidden):
+        half = len(hidden) // 2
+        p, q = (log_policy(m, torch.cat(h), guidance, temperature)      # (chunk, V) each
+                for m, h in ((model, hidden[:half]), (other or model, hidden[half:])))
         middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
         from_p = (p.exp() * (p - middle)).sum(-1)
         from_q = (q.exp() * (q - middle)).sum(-1)
         return (0.5 * (from_p + from_q),)
 
     with model.autocast():
-        hidden = [image_hidden(m, ids, tokens) for m, ids in branches]
-        if guidance != 1:
-            hidden += [empty_hidden(m, ids, tokens, empty) for m, ids in branches]
+        hidden = [*both_hidden(model, prompts, tokens, empty, guidance),
+                  *both_hidden(other or model, twins, tokens, empty, guidance)]
         divergence = by_chunks(head, chunk, *hidden)[0]
     return divergence.clamp(min=0).view_as(tokens)
 
