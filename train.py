@@ -532,7 +532,7 @@ def load_for_ppo(cfg, device):
     policy.recompute = cfg.microbatch > 0
     if cfg.shard:
         several().split_model(policy)
-        several().split_model(reference.float())        # the same bits: FSDP wants one dtype
+        several().split_model(reference.requires_grad_(False))          # which may mix dtypes
     return vq, policy, reference
 
 
@@ -548,9 +548,8 @@ class BestState:
         self.policy = policy
         self.optimizer = optimizer
         self.before_after = test
-        # In main memory, or if they are split (--shard), where they are.
-        self.weights = {name: x.clone() if hasattr(x, "full_tensor") else x.cpu().clone()
-                        for name, x in trained(policy).items()}
+        # In main memory. With --shard each process keeps its part there.
+        self.weights = {name: x.cpu().clone() for name, x in trained(policy).items()}
         self.scores = torch.full([len(test.sets["validation"][0])], -1.0)   # the best test's s_g
         self.rollouts = torch.tensor(0)                 # after which the kept state was tested
         loop.lr_share = self.lr_share = torch.tensor(1.0)

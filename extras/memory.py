@@ -173,8 +173,6 @@ def trained_policy(cfg, running, lora, mesh):
     for p in weights:
         p.grad = torch.zeros_like(p)
     optimizer.step()  # makes the moments
-    # What BestState keeps; of a model that is whole in main memory.
-    model.kept = [p.detach().clone() for p in weights] if mesh else []
     optimizer.zero_grad()
     return model, optimizer
 
@@ -283,9 +281,7 @@ def trace(cfg, vq_cfg, task, sequences=1, prompts=1, images=1, tested=1, pairs=1
         if task == "ppo":               # with an adapter: the same weights without it
             reference = without_adapter(model) if lora else stored_policy(cfg, running)
             if mesh:
-                reference = ImageModel(cfg)
-                reference.bf16 = True
-                split_model(reference, mesh)
+                split_model(reference.requires_grad_(False), mesh)
         vq = VQModel(vq_cfg).requires_grad_(False)
         alive.rest()
         alive.phase("at rest")

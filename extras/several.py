@@ -126,8 +126,8 @@ def add_up_and_clip(parameters, most):
 
 # -- Split models ----------------------------------------------------------------------------------
 def split_model(model, mesh=None):
-    """Split an ImageModel in fp32 among the processes, in place: each layer, and what is called
-    outside of the layers. mesh: torch's list of the processes."""
+    """Split an ImageModel among the processes, in place: each layer, and what is called outside of
+    the layers. One that is trained must be in fp32. mesh: torch's list of the processes."""
     mesh = mesh or new_mesh(model.embed_tokens.weight.device)
     dtype = torch.bfloat16 if model.bf16 else None
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -167,4 +167,10 @@ def gathered(model):
 
 def split_like(x, own):
     """A whole tensor, which all processes have -> split as `own` is."""
-    return distribute_tensor(x.to(own.device), own.device_mesh, own.placements)
+    mesh = own.device_mesh
+    return distribute_tensor(x.to(mesh.device_type), mesh, own.placements)
+
+
+def joined_parts(x):
+    """What `split_like` splits, put together. NCCL joins tensors of a GPU alone."""
+    return x.to(x.device_mesh.device_type).full_tensor()
