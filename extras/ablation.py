@@ -26,7 +26,7 @@ import sys
 import zlib
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import takewhile
+from itertools import combinations, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -567,6 +567,25 @@ def markdown(arms, baseline_name, baseline):
     return "\n".join(lines)
 
 
+RANKED = ["heldout s_g", "oracle s_g", "pair accuracy"]
+
+
+def ranking(arms, baseline):
+    """Do the judges rank the arms alike? By the difference to the baseline, as arms may have run
+    with different seeds: lines of text, best arm first."""
+    tables = [compare(runs, baseline)[0] for runs in arms.values()]
+    lines, metrics = [], [m for m in RANKED if all(m in table for table in tables)]
+    gains = {metric: [table[metric][2] for table in tables] for metric in metrics}
+    for metric, of_arm in gains.items():
+        order = [name for _, name in sorted(zip(of_arm, arms), reverse=True)]
+        pairs = list(combinations(range(len(arms)), 2))
+        first = gains[metrics[0]]
+        alike = sum((first[i] - first[j]) * (of_arm[i] - of_arm[j]) > 0 for i, j in pairs)
+        as_first = f" ({alike} of {len(pairs)} pairs of arms in the order of {metrics[0]})"
+        lines.append(f"{metric}: {' > '.join(order)}" + as_first * (metric != metrics[0]))
+    return lines
+
+
 def run_compare(paths, baseline_paths, out):
     """Print the table of each arm against the baseline, and draw it with --out."""
     arms = read_arms(paths)
@@ -577,6 +596,7 @@ def run_compare(paths, baseline_paths, out):
     (name, runs), = baseline.items()
     arms.pop(name, None)
     print(markdown(arms, name, runs))
+    print("\nranking", *ranking({name: runs, **arms}, runs), sep="\n  ")
     for arm, results in {name: runs, **arms}.items():
         print(f"\n{arm}", *difference_report(results), sep="\n  ")
     if out:

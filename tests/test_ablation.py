@@ -749,6 +749,19 @@ def test_the_table_has_a_row_an_arm_and_intervals_but_for_the_baseline():
     assert rows[4][:4] == ["better", "2"] + ["60.0 (+10.0 [+10.0, +10.0])"] * 2
 
 
+def test_two_judges_rank_the_arms():
+    """By hand: the held-out judge says b, c, a; the oracle, which has its own opinion, c, b, a."""
+    scores = np.full((12, 4), 0.5)
+    arms = {name: {s: result(s, scores + gain) for s in (0, 1)}
+            for name, gain in {"a": 0.0, "b": 0.2, "c": 0.1}.items()}
+    for run in arms["c"].values():
+        run["ppo"]["oracle"] = result(0, scores + 0.3)["ppo"]["oracle"]
+    heldout, oracle, accuracy = ablation.ranking(arms, arms["a"])
+    assert heldout == "heldout s_g: b > c > a"
+    assert oracle == "oracle s_g: c > b > a (2 of 3 pairs of arms in the order of heldout s_g)"
+    assert accuracy.startswith("pair accuracy: ")
+
+
 def test_the_difference_is_reported_before_and_after():
     arm = {s: result(s, random_scores(s)) for s in (0, 1)}
     assert ablation.difference_report(arm) == [
