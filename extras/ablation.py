@@ -125,6 +125,14 @@ def own_image_alone(tokens, truth, use):
     return torch.where(replaced[:, None], mixed, tokens), replaced
 
 
+def strangers(rewards, weights, pool):
+    """Advantages (B, 1) in pools of two prompts that are no twins: the second prompts of the pairs
+    (P, 2, G) move on by one pair, and their advantages back."""
+    def move(x, by):
+        return torch.stack([x[:, 0], x[:, 1].roll(by, 0)], 1)
+    return move(ppo.group_advantages(move(rewards, 1), pool), -1).reshape(-1, 1)
+
+
 class Confused:
     """Samples go to pairs whose twins the base model confuses (ours): of twice as many random pairs
     those with the smallest margins. A pair's margin is how much likelier its two images are by
@@ -196,6 +204,7 @@ TRUTH = {"ground_truth": [3, 22, 60]}   # the official schedule 50, 450, 1200 of
 ARMS = {  # name: (settings of PPO, objective as a function of the settings, None is ppo.py)
     "group": (GROUP, None),
     "pair": (PAIR, None),
+    "strangers": (PAIR, partial(fork, token_advantages=strangers)),
     "margin": (GROUP | {"reward": "margin"}, None),
     "weights": (GROUP | WEIGHTS, None),
     "shuffled": (GROUP | WEIGHTS, partial(fork, prompt_divergence=shuffled)),

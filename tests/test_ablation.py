@@ -248,6 +248,16 @@ def test_ground_truth_of_the_own_image_alone():
     assert tokens.equal(before)         # the rollout itself is left alone
 
 
+def test_strangers_share_a_pool():
+    """By hand: a prompt's advantage is that of `pair` with the second prompt of another pair."""
+    rewards = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    advantages = ablation.strangers(rewards, None, "pair").view(3, 2, 4)
+    for p, q in ((0, 2), (1, 0), (2, 1)):
+        pool = torch.stack([rewards[p, 0], rewards[q, 1]])[None]
+        first, second = ppo.group_advantages(pool, "pair")[0]
+        assert advantages[p, 0].equal(first) and advantages[q, 1].equal(second)
+
+
 def test_samples_go_to_the_pairs_that_the_base_model_confuses(base):
     """Half of twice as many random pairs, in the order in which they were drawn. Prompts the wrong
     way round turn a pair's margin into its negative: so does a model that learned them so."""
