@@ -133,6 +133,13 @@ def strangers(rewards, weights, pool):
     return move(ppo.group_advantages(move(rewards, 1), pool), -1).reshape(-1, 1)
 
 
+def shared_std(rewards, weights, pool):
+    """Advantages (B, 1): the mean is that of a prompt's samples, the std that of all deviations from
+    it in the rollout. Prompts whose images are about equally good then move the policy little."""
+    deviation = rewards - rewards.mean(2, keepdim=True)                 # (P, 2, G)
+    return (deviation / (deviation.square().mean().sqrt() + ppo.STD_FLOOR)).reshape(-1, 1)
+
+
 class Confused:
     """Samples go to pairs whose twins the base model confuses (ours): of twice as many random pairs
     those with the smallest margins. A pair's margin is how much likelier its two images are by
@@ -205,6 +212,7 @@ ARMS = {  # name: (settings of PPO, objective as a function of the settings, Non
     "group": (GROUP, None),
     "pair": (PAIR, None),
     "strangers": (PAIR, partial(fork, token_advantages=strangers)),
+    "shared-std": (GROUP, partial(fork, token_advantages=shared_std)),
     "margin": (GROUP | {"reward": "margin"}, None),
     "weights": (GROUP | WEIGHTS, None),
     "shuffled": (GROUP | WEIGHTS, partial(fork, prompt_divergence=shuffled)),

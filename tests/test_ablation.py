@@ -258,6 +258,14 @@ def test_strangers_share_a_pool():
         assert advantages[p, 0].equal(first) and advantages[q, 1].equal(second)
 
 
+def test_a_std_for_the_whole_rollout():
+    """By hand: prompts with deviations of 0.1 and 0.3 from their means, one std for both."""
+    rewards = torch.tensor([[[0.0, 0.2], [0.2, 0.8]]])
+    std = ((0.1 ** 2 + 0.3 ** 2) / 2) ** 0.5 + ppo.STD_FLOOR
+    expected = torch.tensor([-0.1, 0.1, -0.3, 0.3])[:, None] / std
+    torch.testing.assert_close(ablation.shared_std(rewards, None, "group"), expected)
+
+
 def test_samples_go_to_the_pairs_that_the_base_model_confuses(base):
     """Half of twice as many random pairs, in the order in which they were drawn. Prompts the wrong
     way round turn a pair's margin into its negative: so does a model that learned them so."""
