@@ -134,7 +134,7 @@ def strangers(rewards, weights, pool):
 
 
 def shared_std(rewards, weights, pool):
-    """Advantages (B, 1): the mean is that of a prompt's samples, the std that of the whole rollout's
+    """Advantages (B, 1): the mean is that of a prompt's samples, the std that of all the rollout's
     deviations. Prompts whose images are about equally good then move the policy little."""
     deviation = rewards - rewards.mean(2, keepdim=True)                 # (P, 2, G)
     return (deviation / (deviation.square().mean().sqrt() + ppo.STD_FLOOR)).reshape(-1, 1)
