@@ -63,6 +63,23 @@ def test_a_committed_result_has_the_settings_of_its_arm(path):
     assert (ablation.RECIPE | ARMS[arm][0] | {"seed": seed}).items() <= result["config"].items()
 
 
+def test_the_report_has_the_figures_of_its_comparison():
+    """Its rows are what --compare prints of the committed results."""
+    text = (ROOT / "docs" / "ablation.md").read_text().partition("## What is found")[2]
+    arms = ablation.read_arms(RESULTS)
+    group = arms.pop("group")
+    names, _, *printed = ([cell.strip() for cell in line.strip("|").split("|")]
+                          for line in ablation.markdown(arms, "group", group).splitlines())
+    shown = [names.index(name) for name in ("arm", "seeds", "heldout s_g", "oracle s_g",
+                                            "pair accuracy")]
+    printed = {row[0]: [row[i] for i in shown] for row in printed if len(row) == len(names)}
+    said = [[cell.strip(" `") for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(said) > 3
+    for row in said:
+        assert row == printed[row[0]]
+
+
 def test_the_earlier_report_has_every_figure_of_its_comparison():
     """The tables of docs/ablation_earlier.md, one after the other, are what --compare prints of the
     committed results, but for the worst dips."""
