@@ -1,7 +1,10 @@
 """Fixtures of several files."""
+import os
 import resource
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # before torch is imported: two test at once
 
 
 @pytest.fixture(scope="session")
