@@ -161,8 +161,8 @@ def generate_images(model, vq, prompts, per_prompt, guidance, temperature, seed,
         out.append(images)
         if progress:
             progress(len(indices))
-    n = len(prompts) + -len(prompts) % world()[1]
-    return gather(n, torch.from_numpy(np.concatenate(out)))[:len(prompts)].numpy()
+    own = torch.from_numpy(np.concatenate(out))         # each process has as many
+    return gather(len(own) * world()[1], own)[:len(prompts)].numpy()
 
 
 # -- Before and after PPO --------------------------------------------------------------------------

@@ -591,15 +591,17 @@ def ranking(arms, baseline):
     """Do the judges rank the arms alike? By the difference to the baseline, as arms may have run
     with different seeds: lines of text, best arm first."""
     tables = [compare(runs, baseline)[0] for runs in arms.values()]
-    lines, metrics = [], [m for m in RANKED if all(m in table for table in tables)]
-    gains = {metric: [table[metric][2] for table in tables] for metric in metrics}
+    gains = {metric: [table[metric][2] for table in tables] for metric in RANKED
+             if all(metric in table for table in tables)}
+    pairs = list(combinations(range(len(arms)), 2))
+    lines, first = [], next(iter(gains), None)
     for metric, of_arm in gains.items():
         order = [name for _, name in sorted(zip(of_arm, arms), reverse=True)]
-        pairs = list(combinations(range(len(arms)), 2))
-        first = gains[metrics[0]]
-        alike = sum((first[i] - first[j]) * (of_arm[i] - of_arm[j]) > 0 for i, j in pairs)
-        as_first = f" ({alike} of {len(pairs)} pairs of arms in the order of {metrics[0]})"
-        lines.append(f"{metric}: {' > '.join(order)}" + as_first * (metric != metrics[0]))
+        lines.append(f"{metric}: {' > '.join(order)}")
+        if metric != first:
+            alike = sum((gains[first][i] - gains[first][j]) * (of_arm[i] - of_arm[j]) > 0
+                        for i, j in pairs)
+            lines[-1] += f" ({alike} of {len(pairs)} pairs of arms in the order of {first})"
     return lines
 
 

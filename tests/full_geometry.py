@@ -157,8 +157,8 @@ def our_numbers(vq, model, device, greedy):
     embedded = model.embed_text(ids)
     hidden = model.hidden(embedded, m.rope_table(model.cfg, ids.shape[1], device))
     out = {"text embedding": embedded, "hidden states": hidden[attended(ids, model.cfg.pad)]}
-    cond = model.gen_head(m.image_hidden(model, ids, tokens)).view(*tokens.shape, -1)
-    uncond = model.gen_head(m.both_hidden(model, ids, tokens, None, 5.0)[1]).view(*tokens.shape, -1)
+    cond, uncond = (model.gen_head(h).view(*tokens.shape, -1)
+                    for h in m.both_hidden(model, ids, tokens, None, max(WEIGHTS)))
     for w in WEIGHTS:
         out[f"image logits, w {w:g}"] = m.policy_logits(cond, uncond, w, 1.0)
     out |= {"VQ latents": vq.latents(x), "VQ ids": vq.encode(x), "VQ images": vq.decode(tokens)}

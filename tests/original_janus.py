@@ -230,8 +230,8 @@ def compare(folder):
     tokens = torch.stack([theirs[f"tokens {i}"] for i in rows])
     generator = torch.Generator().manual_seed(0)
     ours = m.generate(model, ids, None, 1, GUIDANCE, 1e-6, generator)[0]
-    cond = model.gen_head(m.image_hidden(model, ids, tokens)).view(*tokens.shape, -1)  # (B, N, V)
-    uncond = model.gen_head(m.both_hidden(model, ids, tokens, None, 5.0)[1]).view(*tokens.shape, -1)
+    cond, uncond = (model.gen_head(h).view(*tokens.shape, -1)                   # (B, N, V) each
+                    for h in m.both_hidden(model, ids, tokens, None, GUIDANCE))
     report |= {
         "padding in the batch": (ids.shape[1] - m.prompt_lengths(ids, model.cfg.pad)).tolist(),
         "greedy tokens that differ": (ours != tokens).sum().item(),

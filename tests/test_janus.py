@@ -353,11 +353,9 @@ def test_image_logits_with_and_without_guidance(net, ours, guidance):
     _, model = ours
     ids = prompt_ids(model.text)
     tokens = random_codes(3)
-    logits = model.gen_head(m.image_hidden(model, ids, tokens)).view(3, 64, 128)
-    uncond = None
-    if guidance != 1:
-        uncond = model.gen_head(m.both_hidden(model, ids, tokens, None, 5.0)[1]).view(3, 64, 128)
-    logits = m.policy_logits(logits, uncond, guidance, 1.0)
+    cond, *uncond = (model.gen_head(h).view(3, 64, 128)
+                     for h in m.both_hidden(model, ids, tokens, None, guidance))
+    logits = m.policy_logits(cond, *(uncond or [None]), guidance, 1.0)
     scored = m.score(model, ids, tokens, None, guidance)[0]
     for i, prompt in enumerate(PROMPTS):
         alone = torch.tensor(model.text.encode(prompt))
