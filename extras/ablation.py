@@ -140,6 +140,13 @@ def shared_std(rewards, weights, pool):
     return (deviation / (deviation.square().mean().sqrt() + ppo.STD_FLOOR)).reshape(-1, 1)
 
 
+def pair_std(rewards, weights, pool):
+    """Advantages (B, 1): the mean is that of a prompt's samples, the std that of its pair's."""
+    deviation = rewards - rewards.mean(2, keepdim=True)                 # (P, 2, G)
+    std = rewards.std((1, 2), correction=0, keepdim=True)               # (P, 1, 1)
+    return (deviation / (std + ppo.STD_FLOOR)).reshape(-1, 1)
+
+
 class Confused:
     """Samples go to pairs whose twins the base model confuses (ours): of twice as many random pairs
     those with the smallest margins. A pair's margin is how much likelier its two images are by
@@ -213,6 +220,7 @@ ARMS = {  # name: (settings of PPO, objective as a function of the settings, Non
     "pair": (PAIR, None),
     "strangers": (PAIR, partial(fork, token_advantages=strangers)),
     "shared-std": (GROUP, partial(fork, token_advantages=shared_std)),
+    "pair-std": (GROUP, partial(fork, token_advantages=pair_std)),
     "margin": (GROUP | {"reward": "margin"}, None),
     "weights": (GROUP | WEIGHTS, None),
     "shuffled": (GROUP | WEIGHTS, partial(fork, prompt_divergence=shuffled)),

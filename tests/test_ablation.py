@@ -283,6 +283,15 @@ def test_a_std_for_the_whole_rollout():
     torch.testing.assert_close(ablation.shared_std(rewards, None, "group"), expected)
 
 
+def test_the_std_of_the_pair_alone():
+    """`pair-std` is `pair` without what the two prompts' means differ by: it lacks a constant a
+    prompt."""
+    rewards = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    pair = ppo.group_advantages(rewards, "pair")
+    expected = pair - pair.mean(2, keepdim=True)
+    torch.testing.assert_close(ablation.pair_std(rewards, None, "group").view(3, 2, 4), expected)
+
+
 def test_samples_go_to_the_pairs_that_the_base_model_confuses(base):
     """Half of twice as many random pairs, in the order in which they were drawn. Prompts the wrong
     way round turn a pair's margin into its negative: so does a model that learned them so."""
