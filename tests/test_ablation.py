@@ -1,5 +1,5 @@
 """extras/ablation.py: the arms, their weights and objectives, runs that are stopped and resumed,
-the comparison with its intervals, the committed results. And extras/plots.py."""
+the comparison with its intervals, the committed results. And extras/plots.py and gradients.py."""
 import itertools
 import json
 import math
@@ -26,7 +26,7 @@ import ppo
 import reward
 import train
 from common import UserError, load_weights, save_weights
-from extras import ablation, plots
+from extras import ablation, gradients, plots
 from extras.ablation import ARMS
 from extras.draw_world import difference_mask, write_pairs
 from model import ImageModel, ModelConfig, load_policy, prompt_divergence
@@ -1025,3 +1025,43 @@ def test_curves_want_one_run_folder(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="wants one run folder, with a log.jsonl"):
         plots.main(words)
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradients
+
+def test_signal_is_told_from_noise():
+    """By hand, in 2000 dimensions: a common part of length 1, noise of length 2 (an arm), 1 (the
+    ruler); an arm that goes elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    signal, elsewhere = torch.eye(2000)[:2]
+    noise = torch.randn(3, 64, 2000, generator=generator) / 2000 ** 0.5
+    arms = torch.stack([signal + 2 * noise[0], 3 * elsewhere + noise[1], signal + noise[2]])
+    norm, share, direction, up = gradients.compare_gradients(arms)
+    assert norm.tolist() == pytest.approx([5 ** 0.5, 10 ** 0.5, 2 ** 0.5], rel=0.02)
+    assert share.tolist() == pytest.approx([1 / 5, 9 / 10, 1 / 2], abs=0.02)
+    assert direction.tolist() == pytest.approx([1, 0, 1], abs=0.02)
+    assert up.mean(1).tolist() == pytest.approx([5 ** -0.5, 0, 2 ** -0.5], abs=0.02)
+
+
+def test_the_gradient_is_that_of_the_objective():
+    """At the policy that sampled: ratios are 1, and the KL to itself has no gradient."""
+    weights = torch.rand(6, 5, requires_grad=True)
+    logprobs = weights.log_softmax(-1)
+    fixed, advantages = logprobs.detach(), torch.randn(6, 1)
+    ppo.ppo_loss(logprobs, fixed, fixed, advantages, 0.2, 0.01)[0].backward(retain_graph=True)
+    found = gradients.gradient(logprobs, advantages, [weights])
+    torch.testing.assert_close(found, -weights.grad.flatten())
+
+
+def test_gradients_of_a_run(base, capsys):
+    """A row an arm that learns from the images of `group`, which gains nothing over itself."""
+    gradients.main([str(base), "--rollouts", "2"])
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert [*rows] == [*gradients.SAME_IMAGES, "REINFORCE"]
+    assert rows["group"].split()[-2:] == ["+0.000", "0.000"]
+    assert rows["REINFORCE"].split()[2] == "1.00"
+    others = ARMS.keys() - rows.keys()
+    assert others == {"truth", "own-image", "confused", "tuned"}
+    with pytest.raises(UserError, match="--rollouts 1"):
+        gradients.main([str(base), "--rollouts", "1"])
