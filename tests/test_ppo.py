@@ -95,6 +95,27 @@ def test_the_pooled_pair_keeps_the_difference_between_its_prompts():
     assert group.abs().max() < 1e-5
 
 
+def test_both_pools_expect_the_gradient_of_the_reward():
+    """What others were rewarded with is a constant to an image, and a constant times grad log pi
+    has the mean zero. Without its std the pair's pool therefore expects what the prompt's own does:
+    (n-1)/n of the gradient of the expected reward, n in a pool. So `pair` does not want anything
+    else than `group`. Here each image is one bit, and every rollout of two prompts with two samples
+    is added up."""
+    chance = torch.tensor([[0.9], [0.3]])                               # (2, 1), of the bit 1
+    reward = torch.tensor([[0.1, 0.8], [0.5, 0.2]])                     # (2, 2), of the bits 0, 1
+    gradient = chance * (1 - chance) * reward.diff()                    # (2, 1), by the logit
+    for pool, n in (("group", 2), ("pair", 4)):
+        expected = torch.zeros(2, 1)
+        for bits in itertools.product((0, 1), repeat=4):
+            bits = torch.tensor(bits).view(2, 2)
+            probability = torch.where(bits == 1, chance, 1 - chance).prod()
+            rewards = reward.gather(1, bits)[None]                      # (1, 2, 2)
+            advantages = 1e6 * ppo.group_advantages(rewards, pool, floor=1e6)[0]    # no std
+            by_sample = advantages * (bits - chance)    # A times the gradient of its log-prob
+            expected += probability * by_sample.mean(1, keepdim=True)
+        torch.testing.assert_close(expected, (n - 1) / n * gradient)
+
+
 @pytest.mark.parametrize("pool", ["pair", "group"])
 def test_what_is_not_counted_has_an_advantage_but_no_say(pool):
     rewards, counted, floor = torch.rand(3, 2, 5), torch.rand(3, 2, 5) < 0.6, 0.01
