@@ -3,9 +3,9 @@
     python -m extras.gradients runs/seed5 runs/seed6                # of the base models
     python -m extras.gradients runs/ablation/group-5 --policy ppo   # of what PPO made of one
 
-A policy samples rollouts of 16 pairs x 2 prompts x 6 images. Each arm makes its advantages of the
-same images, and of these its gradient. REINFORCE's, without a std, is the ruler: its expectation is
-the gradient of the expected reward. One rollout's gradient is that and noise. Columns:
+A policy samples rollouts of 16 pairs x 2 prompts x 6 images. Each arm makes its advantages and of
+these its gradient, of the same images where it can. REINFORCE's, without a std, is the ruler: its
+expectation is the gradient of the expected reward. One rollout's gradient is that and noise. Columns:
 
     norm        the length of an arm's gradients
     signal      how much of their square all rollouts have in common; the rest is noise
@@ -23,65 +23,81 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-import ppo
 import train
 from common import UserError, pick_device, step_random
 from eval_paircomp import mean_and_error, text_table
-from extras.ablation import settings_of
+from extras.ablation import ARMS, settings_of
 from model import empty_ids, generate, load_policy, score
 from reward import submit
 from tokenizer import decode_ids
 
-# The arms that learn from the same images as `group`.
-SAME_IMAGES = ("group", "pair", "strangers", "shared-std", "pair-std", "margin", "weights",
-               "shuffled", "mask", "factored")
+NAMES = [name for name in ARMS if name != "tuned"]      # that one is `pair`, from another base
 
 
 def gradients_of_run(run, policy_name, rollouts):
-    """A PairWorld run folder -> gradients (A + 1, R, D) of `SAME_IMAGES` and, last, REINFORCE."""
+    """A PairWorld run folder -> gradients (A + 1, R, D) of the arms and, last, REINFORCE."""
     arms = []
-    for name in SAME_IMAGES:
+    for name in NAMES:
         cfg, make_objective = settings_of(f"{name}-0", "tiny", [])
         cfg = replace(cfg, out=run)
         arms.append((cfg, make_objective(cfg)))
-    cfg = arms[0][0]
-    device, P, G, B = pick_device(cfg.device), cfg.pairs, cfg.samples, 2 * cfg.pairs * cfg.samples
+    device = pick_device(cfg.device)
     vq, policy = load_policy(run, policy_name, device, "fp32", "off")
-    weights = list(policy.parameters())
     judge = train.open_judges(cfg, device)["train"]
     pairs = train.train_and_test_pairs(cfg, vq.cfg.image_size, train.SHORT)[0]
-    sampling = dict(empty=empty_ids(policy), guidance=cfg.guidance, temperature=cfg.temperature)
+    weights = list(policy.parameters())
 
     found = []
     for step in tqdm(range(rollouts), desc=run):
-        rng, generator = step_random(cfg, "ppo", step, device)
-        with torch.no_grad():
-            _, drawn, _ = ppo.draw_pairs(rng, pairs, P)
-            prompts = [prompt for pair in drawn for prompt in pair]                     # 2P
-            ids = policy.prompt_ids(prompts).repeat_interleave(G, 0)                    # (B, T)
-            tokens, _ = generate(policy, ids[::G], samples=G, generator=generator, **sampling)
-            images = decode_ids(vq, tokens)                                     # (B, H, W, 3)
-            asked = [prompt for prompt in prompts for _ in range(G)]
-            twins = [prompt for pair in drawn for prompt in pair[::-1] for _ in range(G)]
-            scores = [submit(judge, images, of)().to(device).view(P, 2, G) for of in (asked, twins)]
-            advantages = [advantages_of(*arm, policy, ids, tokens, scores, sampling)
-                          for arm in arms]
-            own = scores[0]
-            advantages.append((own - own.mean(2, keepdim=True)).reshape(B, 1) * G / (G - 1))
-        logprobs, _ = score(policy, ids, tokens, **sampling)                    # (B, N)
-        found.append(torch.stack([gradient(logprobs, a, weights) for a in advantages]))
+        made, gradients = {}, []
+        for cfg, algo in arms:
+            images_of = algo.draw_pairs, algo.mix_ground_truth if any(cfg.ground_truth) else None
+            if images_of not in made:           # most arms learn from the same images
+                made[images_of] = rollout(cfg, algo, vq, policy, judge, pairs, step)
+            advantages = advantages_of(cfg, algo, policy, *made[images_of][:3])
+            gradients.append(gradient(made[images_of][3], advantages, weights))
+        _, _, (own, _), logprobs = next(iter(made.values()))        # of `group`, the first arm
+        unbiased = (own - own.mean(2, keepdim=True)) * cfg.samples / (cfg.samples - 1)
+        gradients.append(gradient(logprobs, unbiased.reshape(-1, 1), weights))
+        found.append(torch.stack(gradients))
     return torch.stack(found, 1)                                                # (A + 1, R, D)
 
 
-def advantages_of(cfg, algo, policy, ids, tokens, scores, sampling):
-    """What `train_ppo` makes of a rollout with an arm's settings and objective: ids (B, T), tokens
-    (B, N), scores for the own and for the twin's prompt, (P, 2, G) each -> (B, N or 1)."""
+def rollout(cfg, algo, vq, policy, judge, pairs, step):
+    """What an arm learns from in a rollout, as in `train_ppo`, with ground truth in all prompts if
+    the arm has it -> ids (B, T), tokens (B, N), scores for the own and for the twin's prompt
+    (P, 2, G) each, and log-probs (B, N) with their graph."""
+    device, P, G = policy.embed_tokens.weight.device, cfg.pairs, cfg.samples
+    rng, generator = step_random(cfg, "ppo", step, device)
+    sampling = sampling_of(cfg, policy)
+    with torch.no_grad():
+        chosen, drawn, _ = algo.draw_pairs(rng, pairs, P)
+        prompts = [prompt for pair in drawn for prompt in pair]                 # 2P
+        ids = policy.prompt_ids(prompts).repeat_interleave(G, 0)                # (B, T)
+        tokens, _ = generate(policy, ids[::G], samples=G, generator=generator, **sampling)
+        if any(cfg.ground_truth):
+            truth = train.encode_pairs(vq, pairs, chosen, device)               # (P, 2, N)
+            tokens, _ = algo.mix_ground_truth(tokens, truth, torch.ones(P, 2, dtype=torch.bool))
+        images = decode_ids(vq, tokens)                                         # (B, H, W, 3)
+        asked = [prompt for prompt in prompts for _ in range(G)]
+        twins = [prompt for pair in drawn for prompt in pair[::-1] for _ in range(G)]
+        scores = [submit(judge, images, of)().to(device).view(P, 2, G) for of in (asked, twins)]
+    return ids, tokens, scores, score(policy, ids, tokens, **sampling)[0]
+
+
+def sampling_of(cfg, policy):
+    return dict(empty=empty_ids(policy), guidance=cfg.guidance, temperature=cfg.temperature)
+
+
+@torch.no_grad()
+def advantages_of(cfg, algo, policy, ids, tokens, scores):
+    """The advantages (B, N or 1) that an arm makes of a rollout, as in `train_ppo`."""
     rewards = algo.REWARDS[cfg.reward](*scores[:1 if cfg.reward == "own" else 2])
     weights = None
     if cfg.difference > 0:
         shape = scores[0].shape
         twin_ids = ids.view(*shape, -1).flip(1).flatten(0, 2)                   # (B, T)
-        d_t = algo.prompt_divergence(policy, ids, twin_ids, tokens, **sampling)
+        d_t = algo.prompt_divergence(policy, ids, twin_ids, tokens, **sampling_of(cfg, policy))
         weights = algo.difference_weights(d_t.view(*shape, -1), cfg.difference)
     return algo.token_advantages(rewards, weights, cfg.advantage)
 
@@ -118,7 +134,7 @@ def format_gradients(runs):
     norm, signal, direction = (torch.stack(part).mean(0) for part in list(zip(*runs))[:3])
     up = torch.cat([run[3] for run in runs], 1)                                 # (A + 1, all R)
     rows = []
-    for i, name in enumerate([*SAME_IMAGES, "REINFORCE"]):
+    for i, name in enumerate([*NAMES, "REINFORCE"]):
         gain, error = mean_and_error(up[i] - up[0])
         rows.append((name, {"norm": f"{norm[i]:.3f}", "signal": f"{signal[i]:.2f}",
                             "direction": f"{direction[i]:.2f}", "up": f"{up[i].mean():.3f}",
