@@ -5,7 +5,7 @@
 
 A policy samples rollouts of 16 pairs x 2 prompts x 6 images. Each arm makes its advantages and of
 these its gradient, of the same images where it can. REINFORCE's, without a std, is the ruler: its
-expectation is the gradient of the expected reward. One rollout's gradient is that and noise. Columns:
+expectation is the gradient of the expected reward. One rollout's gradient is that and noise:
 
     norm        the length of an arm's gradients
     signal      how much of their square all rollouts have in common; the rest is noise
