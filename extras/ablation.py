@@ -592,6 +592,42 @@ def markdown(arms, baseline_name, baseline):
     return "\n".join(lines)
 
 
+def categories_markdown(arms, name, baseline):
+    """The table of the categories, s_g x100: the baseline's, and every arm's difference to it on
+    the seeds that both have. By the held-out judge, or by the training judge if a run has no
+    other."""
+    judge = judge_of_all(arms)
+    categories = list(next(iter(baseline.values()))["ppo"][judge])
+    rows = [["arm", *categories]]
+    for arm, runs in arms.items():
+        seeds = runs.keys() & baseline.keys()
+        means = [np.mean([[100 * of[seed]["ppo"][judge][c]["s_g"] for c in categories]
+                          for seed in seeds], 0) for of in (runs, baseline)]    # (categories,) each
+        shown = means[0] if arm == name else means[0] - means[1]
+        rows.append([arm, *(f"{value:{'' if arm == name else '+'}.1f}" for value in shown)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def judge_of_all(arms):
+    """The held-out judge if all runs have one, else the training judge."""
+    results = [result for runs in arms.values() for result in runs.values()]
+    return "heldout" if all("heldout" in result["ppo"] for result in results) else "train"
+
+
+def curve_line(arm, baseline, judge):
+    """How fast an arm learns: the mean of the quick tests on the way, and its difference to the
+    baseline's. They are at the (w, tau) of training, and on validation pairs: a mean of several
+    tests scatters less over the seeds than the end does, but says nothing of it."""
+    seeds = sorted(arm.keys() & baseline.keys())
+    means, of_baseline = (np.array([np.mean([100 * test[judge]["s_g"] for test in of[seed]["curve"]])
+                                    for seed in seeds]) for of in (arm, baseline))      # (S,) each
+    difference, low, high = interval(means - of_baseline)
+    return (f"mean of the quick tests, {judge} s_g: {means.mean():.1f} "
+            f"({difference:+.1f} [{low:+.1f}, {high:+.1f}])")
+
+
 RANKED = ["heldout s_g", "oracle s_g", "pair accuracy"]
 
 
@@ -623,11 +659,15 @@ def run_compare(paths, baseline_paths, out):
     (name, runs), = baseline.items()
     arms.pop(name, None)
     print(markdown(arms, name, runs))
-    print("\nranking", *ranking({name: runs, **arms}, runs), sep="\n  ")
-    for arm, results in {name: runs, **arms}.items():
-        print(f"\n{arm}", *difference_report(results), sep="\n  ")
+    arms = {name: runs, **arms}
+    judge = judge_of_all(arms)
+    print(f"\n{judge} s_g by category", categories_markdown(arms, name, runs), sep="\n")
+    print("\nranking", *ranking(arms, runs), sep="\n  ")
+    for arm, results in arms.items():
+        print(f"\n{arm}", curve_line(results, runs, judge), sep="\n  ")
+        print(*(f"  {line}" for line in difference_report(results)), sep="\n")
     if out:
-        draw_comparison({name: runs, **arms}, out)
+        draw_comparison(arms, out)
         print(f"image: {out}")
 
 
@@ -640,8 +680,8 @@ def draw_comparison(arms, path):
     except ImportError:
         raise UserError(f"--out {path}: wants matplotlib; pip install matplotlib") from None
     figure, (curves, bars) = plt.subplots(1, 2, figsize=(15, 5.5), width_ratios=(1, 1.4))
-    all_have = all("heldout" in r["ppo"] for runs in arms.values() for r in runs.values())
-    judge, judge_name = ("heldout", "held-out") if all_have else ("train", "training")
+    judge = judge_of_all(arms)
+    judge_name = {"heldout": "held-out", "train": "training"}[judge]
     colors = plt.get_cmap("tab20").colors
     width = 0.8 / len(arms)
     for n, (name, runs) in enumerate(arms.items()):

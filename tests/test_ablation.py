@@ -806,6 +806,31 @@ def test_two_judges_rank_the_arms():
     assert accuracy.startswith("pair accuracy: ")
 
 
+def test_categories_and_curves_are_differences_too():
+    """By hand: an arm that is 10 points better throughout, on two of the baseline's three seeds,
+    and whose quick tests are 5 points better."""
+    scores = np.full((12, 4), 0.5)
+    plain = {s: result(s, scores - 0.1 * s) for s in (0, 1, 2)}
+    better = {s: result(s, scores - 0.1 * s + 0.1) for s in (1, 2)}
+    for run in better.values():
+        for test in run["curve"]:
+            test["heldout"] = {"s_g": test["heldout"]["s_g"] + 0.05}
+    arms = {"plain": plain, "better": better}
+    text = ablation.categories_markdown(arms, "plain", plain)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert rows[0] == ["arm", *plain[0]["ppo"]["heldout"]]
+    assert set(rows[2][1:]) == {"40.0"} and set(rows[3][1:]) == {"+10.0"}
+    assert ablation.curve_line(better, plain, ablation.judge_of_all(arms)) == (
+        "mean of the quick tests, heldout s_g: 65.0 (+5.0 [+5.0, +5.0])")
+
+
+def test_without_a_judge_that_all_have_the_training_judge_is_compared():
+    runs = {s: result(s, np.full((12, 4), 0.5)) for s in (0, 1)}
+    assert ablation.judge_of_all({"a": runs}) == "heldout"
+    del runs[1]["ppo"]["heldout"]
+    assert ablation.judge_of_all({"a": runs}) == "train"
+
+
 def test_the_difference_is_reported_before_and_after():
     arm = {s: result(s, random_scores(s)) for s in (0, 1)}
     assert ablation.difference_report(arm) == [
