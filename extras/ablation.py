@@ -620,10 +620,12 @@ def curve_line(arm, baseline, judge):
     """How fast an arm learns: the mean of the quick tests on the way, and its difference to the
     baseline's. They are at the (w, tau) of training, and on validation pairs: a mean of several
     tests scatters less over the seeds than the end does, but says nothing of it."""
+    def mean(result):
+        return np.mean([100 * test[judge]["s_g"] for test in result["curve"]])
+
     seeds = sorted(arm.keys() & baseline.keys())
-    means, of_baseline = (np.array([np.mean([100 * test[judge]["s_g"] for test in of[seed]["curve"]])
-                                    for seed in seeds]) for of in (arm, baseline))      # (S,) each
-    difference, low, high = interval(means - of_baseline)
+    means = np.array([mean(arm[seed]) for seed in seeds])                       # (S,)
+    difference, low, high = interval(means - [mean(baseline[seed]) for seed in seeds])
     return (f"mean of the quick tests, {judge} s_g: {means.mean():.1f} "
             f"({difference:+.1f} [{low:+.1f}, {high:+.1f}])")
 
