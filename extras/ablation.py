@@ -147,6 +147,15 @@ def pair_std(rewards, weights, pool):
     return (deviation / (std + ppo.STD_FLOOR)).reshape(-1, 1)
 
 
+def near_miss_reward(own, twin):
+    """S(I, T) + S(I, T') / 2: an image that is wrong in the one detail alone gets half (ours)."""
+    return own + twin / 2
+
+
+def reward_near_misses(cfg):
+    return fork(cfg, REWARDS={"near-miss": near_miss_reward})
+
+
 class Confused:
     """Samples go to pairs whose twins the base model confuses (ours): of twice as many random pairs
     those with the smallest margins. A pair's margin is how much likelier its two images are by
@@ -222,6 +231,7 @@ ARMS = {  # name: (settings of PPO, objective as a function of the settings, Non
     "shared-std": (GROUP, partial(fork, token_advantages=shared_std)),
     "pair-std": (GROUP, partial(fork, token_advantages=pair_std)),
     "margin": (GROUP | {"reward": "margin"}, None),
+    "near-miss": (GROUP | {"reward": "near-miss"}, reward_near_misses),
     "weights": (GROUP | WEIGHTS, None),
     "shuffled": (GROUP | WEIGHTS, partial(fork, prompt_divergence=shuffled)),
     "mask": (GROUP | WEIGHTS, weights_from_oracle),

@@ -265,6 +265,13 @@ def test_ground_truth_of_the_own_image_alone():
     assert tokens.equal(before)         # the rollout itself is left alone
 
 
+def test_a_near_miss_gets_half():
+    """By hand: right, wrong in the detail alone, wrong in all."""
+    own, twin = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
+    rewards = ablation.reward_near_misses(None).REWARDS["near-miss"](own, twin)
+    assert rewards.tolist() == [1.0, 0.5, 0.0]
+
+
 def test_strangers_share_a_pool():
     """By hand: a prompt's advantage is that of `pair` with the second prompt of another pair."""
     rewards = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0))
