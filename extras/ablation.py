@@ -477,16 +477,17 @@ def read_arms(paths):
 
 def metrics_of(report):
     """A report of eval_paircomp.paircomp -> {metric: mean of the categories}: s_a, s_g and their
-    gap of each judge, and pair accuracy, as far as the report has them. A run with --judge alone
-    has no held-out judge, one with --test neither oracle nor pair accuracy, one with --data no
-    oracle that is a judge."""
+    gap of each judge, pair accuracy, and what extras/own_images.py reads, as far as the report has
+    them. A run with --judge alone has no held-out judge, one with --test neither oracle nor pair
+    accuracy, one with --data no oracle that is a judge."""
     metrics = {}
     for judge in JUDGES:
         if judge in report:
             s_a, s_g = (report[judge]["average"][key] for key in ("s_a", "s_g"))
             metrics |= {f"{judge} s_a": s_a, f"{judge} s_g": s_g, f"{judge} gap": s_a - s_g}
-    if "pair_accuracy" in report:
-        metrics["pair accuracy"] = report["pair_accuracy"]["average"]
+    for part in ("pair_accuracy", "exact", "choice"):
+        if part in report:
+            metrics[part.replace("_", " ")] = report[part]["average"]
     return metrics
 
 
@@ -574,7 +575,8 @@ def format_grid(paths):
                        for arm, row in rows.items()])
 
 
-METRICS = ["heldout s_g", "heldout s_a", "heldout gap", "train s_g", "oracle s_g", "pair accuracy"]
+METRICS = ["heldout s_g", "heldout s_a", "heldout gap", "train s_g", "oracle s_g", "pair accuracy",
+           "exact", "choice"]
 
 
 def markdown(arms, baseline_name, baseline):

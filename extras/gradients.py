@@ -32,10 +32,12 @@ from reward import submit
 from tokenizer import decode_ids
 
 NAMES = [name for name in ARMS if name != "tuned"]      # that one is `pair`, from another base
+TRUTH_PARTS = ["truth: own", "truth: twin's", "truth: sampled"]     # images, add up to `truth`
 
 
 def gradients_of_run(run, policy_name, rollouts):
-    """A PairWorld run folder -> gradients (A + 1, R, D) of the arms and, last, REINFORCE."""
+    """A PairWorld run folder -> gradients (A, R, D) of the arms, of the parts of `truth`, and of
+    REINFORCE."""
     arms = []
     for name in NAMES:
         cfg, make_objective = settings_of(f"{name}-0", "tiny", [])
@@ -49,18 +51,23 @@ def gradients_of_run(run, policy_name, rollouts):
 
     found = []
     for step in tqdm(range(rollouts), desc=run):
-        made, gradients = {}, []
-        for cfg, algo in arms:
+        made, gradients, parts = {}, [], []
+        for name, (cfg, algo) in zip(NAMES, arms):
             images_of = algo.draw_pairs, algo.mix_ground_truth if any(cfg.ground_truth) else None
             if images_of not in made:           # most arms learn from the same images
                 made[images_of] = rollout(cfg, algo, vq, policy, judge, pairs, step)
             advantages = advantages_of(cfg, algo, policy, *made[images_of][:3])
-            gradients.append(gradient(made[images_of][3], advantages, weights))
+            logprobs = made[images_of][3]
+            gradients.append(gradient(logprobs, advantages, weights))
+            if name == "truth":                 # own image, twin's image, samples of each prompt
+                sample = torch.arange(len(advantages), device=device)[:, None] % cfg.samples
+                parts = [gradient(logprobs, advantages * part, weights)
+                         for part in (sample == 0, sample == 1, sample > 1)]
         _, _, (own, _), logprobs = next(iter(made.values()))        # of `group`, the first arm
         unbiased = (own - own.mean(2, keepdim=True)) * cfg.samples / (cfg.samples - 1)
-        gradients.append(gradient(logprobs, unbiased.reshape(-1, 1), weights))
+        gradients += [*parts, gradient(logprobs, unbiased.reshape(-1, 1), weights)]
         found.append(torch.stack(gradients))
-    return torch.stack(found, 1)                                                # (A + 1, R, D)
+    return torch.stack(found, 1)                                                # (A, R, D)
 
 
 def rollout(cfg, algo, vq, policy, judge, pairs, step):
@@ -132,9 +139,9 @@ def format_gradients(runs):
     """Results of `compare_gradients`, one a run -> the table, means over the runs. The standard
     errors are over all rollouts."""
     norm, signal, direction = (torch.stack(part).mean(0) for part in list(zip(*runs))[:3])
-    up = torch.cat([run[3] for run in runs], 1)                                 # (A + 1, all R)
+    up = torch.cat([run[3] for run in runs], 1)                                 # (A, all R)
     rows = []
-    for i, name in enumerate([*NAMES, "REINFORCE"]):
+    for i, name in enumerate([*NAMES, *TRUTH_PARTS, "REINFORCE"]):
         gain, error = mean_and_error(up[i] - up[0])
         rows.append((name, {"norm": f"{norm[i]:.3f}", "signal": f"{signal[i]:.2f}",
                             "direction": f"{direction[i]:.2f}", "up": f"{up[i].mean():.3f}",

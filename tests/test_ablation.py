@@ -36,6 +36,7 @@ from tokenizer import VQConfig, VQModel
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "docs" / "ablation").glob("*.json"))
+TONES = sorted((ROOT / "docs" / "ablation" / "tones").glob("*.json"))
 EARLIER = sorted((ROOT / "docs" / "ablation_earlier").glob("*.json"))
 JUDGES = ablation.JUDGES
 
@@ -49,7 +50,7 @@ def arm_and_seed(path):
 
 
 def test_the_plan_names_every_arm_and_every_result_is_of_one():
-    text = (ROOT / "docs" / "ablation.md").read_text()
+    text = (ROOT / "docs" / "ablation.md").read_text().partition("### The arms")[2]
     planned = re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE)
     assert list(dict.fromkeys(planned)) == list(ARMS)
     assert {arm_and_seed(path)[0] for path in RESULTS} <= ARMS.keys()
@@ -63,21 +64,29 @@ def test_a_committed_result_has_the_settings_of_its_arm(path):
     assert (ablation.RECIPE | ARMS[arm][0] | {"seed": seed}).items() <= result["config"].items()
 
 
-def test_the_report_has_the_figures_of_its_comparison():
-    """Its rows are what --compare prints of the committed results."""
-    text = (ROOT / "docs" / "ablation.md").read_text().partition("## What is found")[2]
-    arms = ablation.read_arms(RESULTS)
-    group = arms.pop("group")
-    names, _, *printed = ([cell.strip() for cell in line.strip("|").split("|")]
-                          for line in ablation.markdown(arms, "group", group).splitlines())
-    shown = [names.index(name) for name in ("arm", "seeds", "heldout s_g", "oracle s_g",
-                                            "pair accuracy")]
-    printed = {row[0]: [row[i] for i in shown] for row in printed if len(row) == len(names)}
-    said = [[cell.strip(" `") for cell in line.strip("|").split("|")]
-            for line in text.splitlines() if line.startswith("| ")][1:]
-    assert len(said) > 3
-    for row in said:
-        assert row == printed[row[0]]
+def cells_of(table):
+    """A Markdown table -> rows of cells, without the line under the heading."""
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")]
+            for line in table.splitlines()]
+    return rows[:1] + rows[2:]
+
+
+@pytest.mark.parametrize("heading, results", [
+    ("## What is found", RESULTS), ("## Images that nobody here drew", TONES)])
+def test_the_report_has_the_figures_of_its_comparisons(heading, results):
+    """The first table below a heading has columns of what --compare prints of the committed
+    results, and the second, if there is one, is that of the categories."""
+    text = (ROOT / "docs" / "ablation.md").read_text().partition(f"{heading}\n")[2]
+    first, *others = re.findall(r"(?:^\|.*\n)+", text.partition("\n## ")[0], re.MULTILINE)
+    arms = ablation.read_arms(results)
+    arms = {"group": arms.pop("group"), **arms}
+    heading, *printed = cells_of(ablation.markdown(arms, "group", arms["group"]).split("\n\n")[0])
+    columns, *said = cells_of(first)
+    by_arm = {row[0]: [row[heading.index(name)] for name in columns] for row in printed}
+    assert len(said) == len(by_arm) and all(row == by_arm[row[0]] for row in said)
+    if others:
+        assert sorted(cells_of(others[0])) == sorted(cells_of(ablation.categories_markdown(
+            arms, "group", arms["group"])))
 
 
 def test_the_earlier_report_has_every_figure_of_its_comparison():
@@ -1090,10 +1099,18 @@ def test_gradients_of_a_run(base, capsys):
     """A row an arm but `tuned`. `group` gains nothing over itself. Those that do not learn from its
     images have others: the true ones, or of other pairs."""
     gradients.main([str(base), "--rollouts", "2"])
-    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines()[1:])
-    assert [*rows] == [*ARMS][:-1] + ["REINFORCE"]
+    lines = capsys.readouterr().out.splitlines()[1:]
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in lines)
+    assert [*rows] == [*ARMS][:-1] + gradients.TRUTH_PARTS + ["REINFORCE"]
     assert rows["group"].split()[-2:] == ["+0.000", "0.000"]
     assert rows["REINFORCE"].split()[2] == "1.00"
     assert len({rows[name] for name in ("pair", "truth", "own-image", "group", "confused")}) == 5
     with pytest.raises(UserError, match="--rollouts 1"):
         gradients.main([str(base), "--rollouts", "1"])
+
+
+def test_the_parts_of_truth_add_up(base):
+    found = gradients.gradients_of_run(str(base), "pretrain", 1)[:, 0]
+    parts = found[len(gradients.NAMES):-1]
+    assert (parts.norm(dim=1) > 0).all()
+    torch.testing.assert_close(parts.sum(0), found[gradients.NAMES.index("truth")])
