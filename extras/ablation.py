@@ -681,51 +681,46 @@ def run_compare(paths, baseline_paths, out):
         print(f"\n{arm}", curve_line(results, runs, judge), sep="\n  ")
         print(*(f"  {line}" for line in difference_report(results)), sep="\n")
     if out:
-        draw_comparison(arms, out)
+        draw_comparison(arms, runs, out)
         print(f"image: {out}")
 
 
-def draw_comparison(arms, path):
-    """{arm: {seed: result}} of `read_arms` -> an image: learning curves with a band from the
-    worst seed to the best, and bars of the categories, by the held-out judge, or by the training
-    judge if a run has no other. UserError without matplotlib."""
+def draw_comparison(arms, baseline, path):
+    """{arm: {seed: result}} of `read_arms`, the baseline among them -> an image: the mean learning
+    curves, and the differences to the baseline, a dot a seed and the 95 % interval of their mean.
+    By the held-out judge, or by the training judge if a run has no other. UserError without
+    matplotlib."""
     try:
         plt = load_pyplot()
     except ImportError:
         raise UserError(f"--out {path}: wants matplotlib; pip install matplotlib") from None
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(15, 5.5), width_ratios=(1, 1.4))
+    figure, (curves, ends) = plt.subplots(1, 2, figsize=(13, 5.5))
     judge = judge_of_all(arms)
     judge_name = {"heldout": "held-out", "train": "training"}[judge]
     colors = plt.get_cmap("tab20").colors
-    width = 0.8 / len(arms)
-    for n, (name, runs) in enumerate(arms.items()):
-        results = list(runs.values())
-        color = colors[n % len(colors)]
-        tests = min(len(r["curve"]) for r in results)                           # that all runs had
-        steps = [e["step"] for e in results[0]["curve"][:tests]]
-        s_g = [[100 * e[judge]["s_g"] for e in r["curve"][:tests]] for r in results]
-        mean, low, high = mean_and_range(s_g)                                   # (tests,) each
-        curves.plot(steps, mean, color=color, label=f"{name} ({len(results)} seeds)")
-        curves.fill_between(steps, low, high, color=color, alpha=0.12)
+    for row, (name, runs) in enumerate(arms.items()):
+        color = colors[row % len(colors)]
+        tests = min(len(r["curve"]) for r in runs.values())                     # that all runs had
+        s_g = [[100 * e[judge]["s_g"] for e in r["curve"][:tests]] for r in runs.values()]
+        steps = [e["step"] for e in next(iter(runs.values()))["curve"][:tests]]
+        curves.plot(steps, np.mean(s_g, 0), color=color, label=name)
 
-        categories = list(results[0]["ppo"][judge])
-        s_g = [[100 * r["ppo"][judge][c]["s_g"] for c in categories] for r in results]
-        mean, low, high = mean_and_range(s_g)                                   # (categories,) each
-        x = np.arange(len(categories)) + (n - (len(arms) - 1) / 2) * width
-        bars.bar(x, mean, width, color=color, label=name, yerr=[mean - low, high - mean],
-                 error_kw={"linewidth": 0.6})
-    curves.set(xlabel="rollouts",
-               title=f"{judge_name} judge, s_g of the quick tests (band: worst to best seed)")
+        gains = np.array([100 * (of[judge]["average"]["s_g"] - before[judge]["average"]["s_g"])
+                          for of, before in ((runs[seed]["ppo"], baseline[seed]["ppo"])
+                                             for seed in runs.keys() & baseline.keys())])   # (S,)
+        mean, low, high = interval(gains)
+        ends.plot(gains, [row] * len(gains), "o", color=color, alpha=0.5)
+        ends.plot([mean], [row], "|", color="black", markersize=14)
+        if len(gains) > 1:
+            ends.plot([low, high], [row, row], color="black", linewidth=1)
+    curves.set(xlabel="rollouts", title=f"{judge_name} judge, s_g of the quick tests, mean")
     curves.legend(fontsize=8)
-    bars.set_xticks(np.arange(len(categories)), categories)
-    bars.set_title(f"{judge_name} judge, s_g at the end")
-    save_figure(plt, figure, (curves, bars), path)
-
-
-def mean_and_range(values):
-    """values (S, n), a row a seed -> mean, lowest and highest over the seeds, (n,) each."""
-    values = np.array(values)
-    return values.mean(0), values.min(0), values.max(0)
+    ends.set_yticks(range(len(arms)), [f"{name} ({len(runs)})" for name, runs in arms.items()])
+    ends.invert_yaxis()
+    ends.axvline(0, color="gray", linewidth=1)
+    ends.set(title=f"at the end: difference to {next(iter(arms))}, a dot a seed",
+             xlabel=f"points of {judge_name} s_g")
+    save_figure(plt, figure, (curves, ends), path)
 
 
 # --------------------------------------------------------------------------------------------------
