@@ -1,4 +1,4 @@
-"""Why does an arm of the ablation gain, or not? How well its gradients point up the reward.
+"""How well the gradients of the ablation's arms point up the reward.
 
     python -m extras.gradients runs/seed5 runs/seed6                # of the base models
     python -m extras.gradients runs/ablation/group-5 --policy ppo   # of what PPO made of one
@@ -8,10 +8,13 @@ these its gradient, of the same images where it can. REINFORCE's, without a std,
 expectation is the gradient of the expected reward. One rollout's gradient is that and noise:
 
     norm        the length of an arm's gradients
-    signal      how much of their square all rollouts have in common; the rest is noise
-    direction   the cosine of what they have in common and the gradient of the expected reward
-    up          the cosine of one rollout's gradient and the gradient of the expected reward
-    gain        of up over `group`'s, and its standard error over the rollouts
+    signal      the share of its square that is the expected gradient's; the rest is noise
+    direction   the cosine of the expected gradient and that of the expected reward
+    up          the cosine of one rollout's gradient and that of the expected reward
+    gain        of up over `group`'s
+
++- d and +- g are the standard errors of direction and gain; nan: so few rollouts show no signal.
+`truth` and `own-image` have ground truth in all prompts, as in their first rollouts.
 
 Shapes: P pairs, 2 prompts, G samples a prompt, B = P*2*G sequences, N image tokens; A arms,
 R rollouts, D weights.
@@ -25,9 +28,9 @@ from tqdm import tqdm
 
 import train
 from common import UserError, pick_device, step_random
-from eval_paircomp import mean_and_error, text_table
+from eval_paircomp import text_table
 from extras.ablation import ARMS, settings_of
-from model import empty_ids, generate, load_policy, score
+from model import empty_ids, generate, load_policy, run_settings, score
 from reward import submit
 from tokenizer import decode_ids
 
@@ -38,40 +41,40 @@ TRUTH_PARTS = ["truth: own", "truth: twin's", "truth: sampled"]     # images, ad
 def gradients_of_run(run, policy_name, rollouts):
     """A PairWorld run folder -> gradients (A, R, D) of the arms, of the parts of `truth`, and of
     REINFORCE."""
-    arms = []
+    arms, seed = [], run_settings(run, "ppo", "pretrain").get("seed", 0)
     for name in NAMES:
-        cfg, make_objective = settings_of(f"{name}-0", "tiny", [])
+        cfg, make_objective = settings_of(f"{name}-{seed}", "tiny", [])
         cfg = replace(cfg, out=run)
         arms.append((cfg, make_objective(cfg)))
     device = pick_device(cfg.device)
     vq, policy = load_policy(run, policy_name, device, "fp32", "off")
     judge = train.open_judges(cfg, device)["train"]
     pairs = train.train_and_test_pairs(cfg, vq.cfg.image_size, train.SHORT)[0]
-    weights = list(policy.parameters())
+    parameters = list(policy.parameters())
 
     found = []
     for step in tqdm(range(rollouts), desc=run):
         made, gradients, parts = {}, [], []
         for name, (cfg, algo) in zip(NAMES, arms):
-            images_of = algo.draw_pairs, algo.mix_ground_truth if any(cfg.ground_truth) else None
-            if images_of not in made:           # most arms learn from the same images
-                made[images_of] = rollout(cfg, algo, vq, policy, judge, pairs, step)
-            advantages = advantages_of(cfg, algo, policy, *made[images_of][:3])
-            logprobs = made[images_of][3]
-            gradients.append(gradient(logprobs, advantages, weights))
+            source = algo.draw_pairs, algo.mix_ground_truth if any(cfg.ground_truth) else None
+            if source not in made:              # most arms learn from the same images
+                made[source] = rollout(cfg, algo, vq, policy, judge, pairs, step)
+            ids, tokens, scores, logprobs = made[source]
+            advantages = advantages_of(cfg, algo, policy, ids, tokens, scores)
+            gradients.append(gradient(logprobs, advantages, parameters))
             if name == "truth":                 # own image, twin's image, samples of each prompt
                 sample = torch.arange(len(advantages), device=device)[:, None] % cfg.samples
-                parts = [gradient(logprobs, advantages * part, weights)
+                parts = [gradient(logprobs, advantages * part, parameters)
                          for part in (sample == 0, sample == 1, sample > 1)]
         _, _, (own, _), logprobs = next(iter(made.values()))        # of `group`, the first arm
         unbiased = (own - own.mean(2, keepdim=True)) * cfg.samples / (cfg.samples - 1)
-        gradients += [*parts, gradient(logprobs, unbiased.reshape(-1, 1), weights)]
-        found.append(torch.stack(gradients))
+        gradients += [*parts, gradient(logprobs, unbiased.reshape(-1, 1), parameters)]
+        found.append(torch.stack(gradients).cpu())
     return torch.stack(found, 1)                                                # (A, R, D)
 
 
 def rollout(cfg, algo, vq, policy, judge, pairs, step):
-    """What an arm learns from in a rollout, as in `train_ppo`, with ground truth in all prompts if
+    """What an arm learns from in a rollout, like `train_ppo`, with ground truth in all prompts if
     the arm has it -> ids (B, T), tokens (B, N), scores for the own and for the twin's prompt
     (P, 2, G) each, and log-probs (B, N) with their graph."""
     device, P, G = policy.embed_tokens.weight.device, cfg.pairs, cfg.samples
@@ -84,7 +87,8 @@ def rollout(cfg, algo, vq, policy, judge, pairs, step):
         tokens, _ = generate(policy, ids[::G], samples=G, generator=generator, **sampling)
         if any(cfg.ground_truth):
             truth = train.encode_pairs(vq, pairs, chosen, device)               # (P, 2, N)
-            tokens, _ = algo.mix_ground_truth(tokens, truth, torch.ones(P, 2, dtype=torch.bool))
+            use = torch.ones(P, 2, dtype=torch.bool, device=device)
+            tokens, _ = algo.mix_ground_truth(tokens, truth, use)
         images = decode_ids(vq, tokens)                                         # (B, H, W, 3)
         asked = [prompt for prompt in prompts for _ in range(G)]
         twins = [prompt for pair in drawn for prompt in pair[::-1] for _ in range(G)]
@@ -109,43 +113,58 @@ def advantages_of(cfg, algo, policy, ids, tokens, scores):
     return algo.token_advantages(rewards, weights, cfg.advantage)
 
 
-def gradient(logprobs, advantages, weights):
+def gradient(logprobs, advantages, parameters):
     """The ascent direction (D,) of mean A log pi: PPO's at the policy that sampled, where all
     ratios are 1 and the KL's gradient is 0."""
-    parts = torch.autograd.grad((advantages * logprobs).mean(), weights, retain_graph=True,
+    parts = torch.autograd.grad((advantages * logprobs).mean(), parameters, retain_graph=True,
                                 allow_unused=True, materialize_grads=True)
     return torch.cat([part.flatten() for part in parts])
 
 
 def compare_gradients(gradients):
-    """gradients (A, R, D) of the same R rollouts, the ruler's last -> norm, signal, direction (A,)
-    each, and up (A, R). Means of products are over different rollouts: these have no noise in
-    common, so that it drops out."""
+    """gradients (A, R, D) of the same R rollouts, `group`'s first and the ruler's last -> {column:
+    (values (A,), their standard errors (A,))}. The errors are a jackknife's: by how much the values
+    change if one rollout is left out."""
     a, r, d = gradients.shape
     flat = gradients.reshape(a * r, d)
-    products = (flat @ flat.T).view(a, r, a, r)
-    others = 1 - torch.eye(r)                                                   # (R, R)
-    n = r * (r - 1)
-    own = products.diagonal(dim1=0, dim2=2).permute(2, 0, 1)                    # (A, R, R)
-    squares = own.diagonal(dim1=1, dim2=2)                                      # (A, R)
-    common = (own * others).sum((1, 2)) / n                                     # (A,)
-    with_ruler = (products[:, :, -1] * others).sum(2) / (r - 1)                 # (A, R)
-    up = with_ruler / squares.sqrt() / common[-1].sqrt()
-    direction = with_ruler.mean(1) / (common * common[-1]).sqrt()
-    return squares.sqrt().mean(1), common / squares.mean(1), direction, up
+    products = (flat @ flat.T).view(a, r, a, r).double()
+    values = columns_of(products)
+    without = []
+    for k in range(r):
+        kept = torch.arange(r) != k
+        without.append(columns_of(products[:, kept][:, :, :, kept]))
+    errors = {}
+    for name in values:
+        changed = torch.stack([columns[name] for columns in without])           # (R, A)
+        errors[name] = (changed.var(0, correction=0) * (r - 1)).sqrt()          # (A,)
+    return {name: (values[name], errors[name]) for name in values}
+
+
+def columns_of(products):
+    """products (A, R, A, R) of all gradients with each other -> {column: values (A,)}. Means of
+    products of different rollouts have no noise in them, as their noise has nothing in common."""
+    r = products.shape[1]
+    different = 1 - torch.eye(r)                                                # (R, R)
+    within = products.diagonal(dim1=0, dim2=2).permute(2, 0, 1)                 # (A, R, R)
+    squares = within.diagonal(dim1=1, dim2=2)                                   # (A, R)
+    signal = (within * different).sum((1, 2)) / (r * (r - 1))                   # (A,)
+    with_ruler = (products[:, :, -1] * different).sum(2) / (r - 1)              # (A, R)
+    up = (with_ruler / squares.sqrt()).mean(1) / signal[-1].sqrt()              # (A,)
+    return {"norm": squares.sqrt().mean(1), "signal": signal / squares.mean(1),
+            "direction": with_ruler.mean(1) / (signal * signal[-1]).sqrt(), "up": up,
+            "gain": up - up[0]}
 
 
 def format_gradients(runs):
-    """Results of `compare_gradients`, one a run -> the table, means over the runs. The standard
-    errors are over all rollouts."""
-    norm, signal, direction = (torch.stack(part).mean(0) for part in list(zip(*runs))[:3])
-    up = torch.cat([run[3] for run in runs], 1)                                 # (A, all R)
-    rows = []
-    for i, name in enumerate([*NAMES, *TRUTH_PARTS, "REINFORCE"]):
-        gain, error = mean_and_error(up[i] - up[0])
-        rows.append((name, {"norm": f"{norm[i]:.3f}", "signal": f"{signal[i]:.2f}",
-                            "direction": f"{direction[i]:.2f}", "up": f"{up[i].mean():.3f}",
-                            "gain": f"{gain:+.3f}", "error": f"{error:.3f}"}))
+    """Results of `compare_gradients`, one a run -> the table of their means."""
+    rows = [(name, {}) for name in [*NAMES, *TRUTH_PARTS, "REINFORCE"]]
+    for column in runs[0]:
+        values, errors = (torch.stack(part) for part in zip(*(run[column] for run in runs)))
+        mean, error = values.mean(0), errors.square().sum(0).sqrt() / len(runs)     # (A,) each
+        for i, (_, cells) in enumerate(rows):
+            cells[column] = f"{mean[i]:.3f}"
+            if column in ("direction", "gain"):
+                cells[f"+- {column[0]}"] = f"{error[i]:.3f}"
     return text_table(rows)
 
 
@@ -155,10 +174,10 @@ def main(argv=None):
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders with a model and judges")
     parser.add_argument("--policy", choices=("pretrain", "ppo"), default="pretrain",
                         help="whose rollouts (%(default)s)")
-    parser.add_argument("--rollouts", type=int, default=16, help="a run (%(default)s)")
+    parser.add_argument("--rollouts", type=int, default=12, help="a run (%(default)s)")
     args = parser.parse_args(argv)
-    if args.rollouts < 2:
-        raise UserError(f"--rollouts {args.rollouts}: should be at least 2: what they have in "
+    if args.rollouts < 3:
+        raise UserError(f"--rollouts {args.rollouts}: should be at least 3: what they have in "
                         "common is the signal")
     print(format_gradients([compare_gradients(gradients_of_run(run, args.policy, args.rollouts))
                             for run in args.runs]))
