@@ -596,11 +596,17 @@ def markdown(arms, baseline_name, baseline):
             interval = f" ({difference:+.1f} [{low:+.1f}, {high:+.1f}])"
             row.append(f"{mean:.1f}" + ("" if name == baseline_name else interval))
         rows.append(row)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
+    lines = [markdown_table(rows)]
     if missing:
         parts = [f"{part} (not in {first_few(runs)})" for part, runs in missing.items()]
         lines += ["", f"not compared: {', '.join(parts)}"]
+    return "\n".join(lines)
+
+
+def markdown_table(rows):
+    """Rows of cells, the heading first -> a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)
 
 
@@ -617,9 +623,7 @@ def categories_markdown(arms, name, baseline):
                           for seed in seeds], 0) for of in (runs, baseline)]    # (categories,) each
         shown = means[0] if arm == name else means[0] - means[1]
         rows.append([arm, *(f"{value:{'' if arm == name else '+'}.1f}" for value in shown)])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    return "\n".join(lines)
+    return markdown_table(rows)
 
 
 def judge_of_all(arms):
@@ -629,11 +633,12 @@ def judge_of_all(arms):
 
 
 def curve_line(arm, baseline, judge):
-    """How fast an arm learns: the mean of the quick tests on the way, and its difference to the
-    baseline's. They are at the (w, tau) of training, and on validation pairs: a mean of several
+    """How fast an arm learns: the mean of the quick tests after the first, and its difference to
+    the baseline's. They are at the (w, tau) of training, and on validation pairs: a mean of several
     tests scatters less over the seeds than the end does, but says nothing of it."""
     def mean(result):
-        return np.mean([100 * test[judge]["s_g"] for test in result["curve"]])
+        tests = result["curve"][1:] or result["curve"]
+        return np.mean([100 * test[judge]["s_g"] for test in tests])
 
     seeds = sorted(arm.keys() & baseline.keys())
     means = np.array([mean(arm[seed]) for seed in seeds])                       # (S,)
@@ -681,15 +686,15 @@ def run_compare(paths, baseline_paths, out):
         print(f"\n{arm}", curve_line(results, runs, judge), sep="\n  ")
         print(*(f"  {line}" for line in difference_report(results)), sep="\n")
     if out:
-        draw_comparison(arms, runs, out)
+        draw_comparison(arms, name, out)
         print(f"image: {out}")
 
 
-def draw_comparison(arms, baseline, path):
-    """{arm: {seed: result}} of `read_arms`, the baseline among them -> an image: the mean learning
-    curves, and the differences to the baseline, a dot a seed and the 95 % interval of their mean.
-    By the held-out judge, or by the training judge if a run has no other. UserError without
-    matplotlib."""
+def draw_comparison(arms, name, path):
+    """{arm: {seed: result}} of `read_arms`, the baseline `name` among them -> an image of the
+    differences to the baseline on the seeds that both have: their mean along the quick tests, and
+    at the end a dot a seed with the 95 % interval of the mean. By the held-out judge, or by the
+    training judge if a run has no other. UserError without matplotlib."""
     try:
         plt = load_pyplot()
     except ImportError:
@@ -698,27 +703,32 @@ def draw_comparison(arms, baseline, path):
     judge = judge_of_all(arms)
     judge_name = {"heldout": "held-out", "train": "training"}[judge]
     colors = plt.get_cmap("tab20").colors
-    for row, (name, runs) in enumerate(arms.items()):
-        color = colors[row % len(colors)]
-        tests = min(len(r["curve"]) for r in runs.values())                     # that all runs had
-        s_g = [[100 * e[judge]["s_g"] for e in r["curve"][:tests]] for r in runs.values()]
-        steps = [e["step"] for e in next(iter(runs.values()))["curve"][:tests]]
-        curves.plot(steps, np.mean(s_g, 0), color=color, label=name)
+    labels = []
+    for row, (arm, runs) in enumerate(arms.items()):
+        color, baseline = colors[row % len(colors)], arms[name]
+        seeds = sorted(runs.keys() & baseline.keys())
+        labels.append(f"{arm} ({len(seeds)})")
+        pairs = [(runs[seed], baseline[seed]) for seed in seeds]
+        tests = min(len(result["curve"]) for pair in pairs for result in pair)
+        gains = [[100 * (a["curve"][i][judge]["s_g"] - b["curve"][i][judge]["s_g"])
+                  for i in range(tests)] for a, b in pairs]                     # (S, tests)
+        steps = [test["step"] for test in pairs[0][0]["curve"][:tests]]
+        curves.plot(steps, np.mean(gains, 0), color=color, label=arm)
 
-        gains = np.array([100 * (of[judge]["average"]["s_g"] - before[judge]["average"]["s_g"])
-                          for of, before in ((runs[seed]["ppo"], baseline[seed]["ppo"])
-                                             for seed in runs.keys() & baseline.keys())])   # (S,)
+        gains = np.array([100 * (a["ppo"][judge]["average"]["s_g"]
+                                 - b["ppo"][judge]["average"]["s_g"]) for a, b in pairs])   # (S,)
         mean, low, high = interval(gains)
-        ends.plot(gains, [row] * len(gains), "o", color=color, alpha=0.5)
+        ends.plot(gains, [row] * len(seeds), "o", color=color, alpha=0.5)
         ends.plot([mean], [row], "|", color="black", markersize=14)
-        if len(gains) > 1:
+        if len(seeds) > 1:
             ends.plot([low, high], [row, row], color="black", linewidth=1)
-    curves.set(xlabel="rollouts", title=f"{judge_name} judge, s_g of the quick tests, mean")
+    curves.set(xlabel="rollouts", ylabel=f"points of {judge_name} s_g",
+               title=f"quick tests: mean difference to {name}")
     curves.legend(fontsize=8)
-    ends.set_yticks(range(len(arms)), [f"{name} ({len(runs)})" for name, runs in arms.items()])
+    ends.set_yticks(range(len(arms)), labels)
     ends.invert_yaxis()
     ends.axvline(0, color="gray", linewidth=1)
-    ends.set(title=f"at the end: difference to {next(iter(arms))}, a dot a seed",
+    ends.set(title=f"at the end: difference to {name}, a dot a seed",
              xlabel=f"points of {judge_name} s_g")
     save_figure(plt, figure, (curves, ends), path)
 

@@ -838,7 +838,7 @@ def test_categories_and_curves_are_differences_too():
     assert rows[0] == ["arm", *plain[0]["ppo"]["heldout"]]
     assert set(rows[2][1:]) == {"40.0"} and set(rows[3][1:]) == {"+10.0"}
     assert ablation.curve_line(better, plain, ablation.judge_of_all(arms)) == (
-        "mean of the quick tests, heldout s_g: 65.0 (+5.0 [+5.0, +5.0])")
+        "mean of the quick tests, heldout s_g: 70.0 (+5.0 [+5.0, +5.0])")
 
 
 def test_without_a_judge_that_all_have_the_training_judge_is_compared():
