@@ -71,9 +71,9 @@ REWARDS = {"own": own_reward, "margin": margin_reward}
 def group_advantages(rewards, pool, counted=None, floor=STD_FLOOR):
     """A = (R - mean) / (std + floor). rewards (P, 2, G) -> advantages (P, 2, G).
 
-    pool "group": mean and std over a prompt's own G samples (vanilla GRPO). "pair": over the 2G
-    samples of a pair (Pair-GRPO); a prompt whose twin is harder then keeps a positive mean
-    advantage. The own reward is in the mean. That only shrinks A, by (n-1)/n for a pool of n.
+    pool "group": mean and std over a prompt's own G samples (vanilla GRPO). "pair": over the 2G of
+    a pair (Pair-GRPO); a prompt whose twin is harder then has a positive mean advantage, which has
+    no effect in expectation. The own reward is in the mean: that shrinks A, by (n-1)/n for n.
 
     A reward that is NaN, of an image for which the judge had no answer, does not count and has the
     advantage 0. counted (P, 2, G) bool: whose rewards make mean and std; None is everybody's."""
