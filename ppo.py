@@ -73,7 +73,7 @@ def group_advantages(rewards, pool, counted=None, floor=STD_FLOOR):
 
     pool "group": mean and std over a prompt's own G samples (vanilla GRPO). "pair": over the 2G of
     a pair (Pair-GRPO); a prompt whose twin is harder then has a positive mean advantage, which has
-    no effect in expectation. The own reward is in the mean: that shrinks A, by (n-1)/n for n.
+    no effect in expectation. The own reward is in the mean: that shrinks A by (n-1)/n, n in a pool.
 
     A reward that is NaN, of an image for which the judge had no answer, does not count and has the
     advantage 0. counted (P, 2, G) bool: whose rewards make mean and std; None is everybody's."""

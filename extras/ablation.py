@@ -152,10 +152,6 @@ def near_miss_reward(own, twin):
     return own + twin / 2
 
 
-def reward_near_misses(cfg):
-    return fork(cfg, REWARDS={"near-miss": near_miss_reward})
-
-
 class Confused:
     """Samples go to pairs whose twins the base model confuses (ours): of twice as many random pairs
     those with the smallest margins. A pair's margin is how much likelier its two images are by
@@ -231,7 +227,8 @@ ARMS = {  # name: (settings of PPO, objective as a function of the settings, Non
     "shared-std": (GROUP, partial(fork, token_advantages=shared_std)),
     "pair-std": (GROUP, partial(fork, token_advantages=pair_std)),
     "margin": (GROUP | {"reward": "margin"}, None),
-    "near-miss": (GROUP | {"reward": "near-miss"}, reward_near_misses),
+    "near-miss": (GROUP | {"reward": "near-miss"},
+                  partial(fork, REWARDS={"near-miss": near_miss_reward})),
     "weights": (GROUP | WEIGHTS, None),
     "shuffled": (GROUP | WEIGHTS, partial(fork, prompt_divergence=shuffled)),
     "mask": (GROUP | WEIGHTS, weights_from_oracle),
@@ -610,11 +607,11 @@ def markdown_table(rows):
     return "\n".join(lines)
 
 
-def categories_markdown(arms, name, baseline):
-    """The table of the categories, s_g x100: the baseline's, and every arm's difference to it on
-    the seeds that both have. By the held-out judge, or by the training judge if a run has no
+def categories_markdown(arms, name):
+    """The table of the categories, s_g x100: the baseline `name`'s, and every arm's difference to
+    it on the seeds that both have. By the held-out judge, or by the training judge if a run has no
     other."""
-    judge = judge_of_all(arms)
+    judge, baseline = judge_of_all(arms), arms[name]
     categories = list(next(iter(baseline.values()))["ppo"][judge])
     rows = [["arm", *categories]]
     for arm, runs in arms.items():
@@ -680,7 +677,7 @@ def run_compare(paths, baseline_paths, out):
     print(markdown(arms, name, runs))
     arms = {name: runs, **arms}
     judge = judge_of_all(arms)
-    print(f"\n{judge} s_g by category", categories_markdown(arms, name, runs), sep="\n")
+    print(f"\n{judge} s_g by category", categories_markdown(arms, name), sep="\n")
     print("\nranking", *ranking(arms, runs), sep="\n  ")
     for arm, results in arms.items():
         print(f"\n{arm}", curve_line(results, runs, judge), sep="\n  ")

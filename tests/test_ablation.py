@@ -86,8 +86,8 @@ def test_the_report_has_the_figures_of_its_comparisons(heading, results):
     by_arm = {row[0]: [row[heading.index(name)] for name in columns] for row in printed}
     assert len(said) == len(by_arm) and all(row == by_arm[row[0]] for row in said)
     if others:
-        assert sorted(cells_of(others[0])) == sorted(cells_of(ablation.categories_markdown(
-            arms, "group", arms["group"])))
+        assert sorted(cells_of(others[0])) == sorted(cells_of(
+            ablation.categories_markdown(arms, "group")))
 
 
 def test_the_earlier_report_has_every_figure_of_its_comparison():
@@ -278,7 +278,7 @@ def test_ground_truth_of_the_own_image_alone():
 def test_a_near_miss_gets_half():
     """By hand: right, wrong in the detail alone, wrong in all."""
     own, twin = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
-    rewards = ablation.reward_near_misses(None).REWARDS["near-miss"](own, twin)
+    rewards = ARMS["near-miss"][1](None).REWARDS["near-miss"](own, twin)
     assert rewards.tolist() == [1.0, 0.5, 0.0]
 
 
@@ -833,7 +833,7 @@ def test_categories_and_curves_are_differences_too():
         for test in run["curve"]:
             test["heldout"] = {"s_g": test["heldout"]["s_g"] + 0.05}
     arms = {"plain": plain, "better": better}
-    text = ablation.categories_markdown(arms, "plain", plain)
+    text = ablation.categories_markdown(arms, "plain")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert rows[0] == ["arm", *plain[0]["ppo"]["heldout"]]
     assert set(rows[2][1:]) == {"40.0"} and set(rows[3][1:]) == {"+10.0"}
