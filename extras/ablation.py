@@ -644,6 +644,38 @@ def curve_line(arm, baseline, judge):
             f"({difference:+.1f} [{low:+.1f}, {high:+.1f}])")
 
 
+def fit(arms, name):
+    """s_g x100 of every run as the sum of its arm's effect, its seed's effect and noise, by least
+    squares: -> ({arm: (effect over the baseline `name`'s, standard error)}, std of the noise), NaN
+    if there are too few runs to tell noise from effects.
+
+    A difference to the baseline has the noise of the baseline's run in it too, and arms ran with
+    different seeds. Here all runs of a seed say what its base model is worth."""
+    judge = judge_of_all(arms)
+    others = [arm for arm in arms if arm != name]
+    seeds = sorted({seed for runs in arms.values() for seed in runs})
+    design, values = [], []             # (runs, others + seeds), (runs,)
+    for arm, runs in arms.items():
+        for seed, result in runs.items():
+            design.append([arm == other for other in others] + [seed == s for s in seeds])
+            values.append(100 * result["ppo"][judge]["average"]["s_g"])
+    design, values = np.array(design, float), np.array(values)
+    effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    spare = len(values) - rank          # degrees of freedom
+    squares = np.square(values - design @ effects).sum()
+    std = math.sqrt(squares / spare) if spare else math.nan
+    errors = std * np.sqrt(np.diag(np.linalg.pinv(design.T @ design)))
+    return dict(zip(others, zip(effects, errors))), std
+
+
+def fit_markdown(arms, name):
+    """The effects of `fit` as a table."""
+    effects, std = fit(arms, name)
+    rows = [["arm", f"over {name}", "+-"]]
+    rows += [[arm, f"{effect:+.1f}", f"{error:.1f}"] for arm, (effect, error) in effects.items()]
+    return f"{markdown_table(rows)}\nstd of a run's noise: {std:.1f}"
+
+
 RANKED = ["heldout s_g", "oracle s_g", "pair accuracy"]
 
 
@@ -679,6 +711,7 @@ def run_compare(paths, baseline_paths, out):
     judge = judge_of_all(arms)
     print(f"\n{judge} s_g by category", categories_markdown(arms, name), sep="\n")
     print("\nranking", *ranking(arms, runs), sep="\n  ")
+    print(f"\n{judge} s_g as arm + seed + noise", fit_markdown(arms, name), sep="\n")
     for arm, results in arms.items():
         print(f"\n{arm}", curve_line(results, runs, judge), sep="\n  ")
         print(*(f"  {line}" for line in difference_report(results)), sep="\n")
@@ -690,8 +723,8 @@ def run_compare(paths, baseline_paths, out):
 def draw_comparison(arms, name, path):
     """{arm: {seed: result}} of `read_arms`, the baseline `name` among them -> an image of the
     differences to the baseline on the seeds that both have: their mean along the quick tests, and
-    at the end a dot a seed with the 95 % interval of the mean. By the held-out judge, or by the
-    training judge if a run has no other. UserError without matplotlib."""
+    at the end a dot a seed with the 95 % interval of the mean, from three seeds on. By the held-out
+    judge, or by the training judge if a run has no other. UserError without matplotlib."""
     try:
         plt = load_pyplot()
     except ImportError:
@@ -717,7 +750,7 @@ def draw_comparison(arms, name, path):
         mean, low, high = interval(gains)
         ends.plot(gains, [row] * len(seeds), "o", color=color, alpha=0.5)
         ends.plot([mean], [row], "|", color="black", markersize=14)
-        if len(seeds) > 1:
+        if len(seeds) > 2:              # that of two is wider than all the others together
             ends.plot([low, high], [row, row], color="black", linewidth=1)
     curves.set(xlabel="rollouts", ylabel=f"points of {judge_name} s_g",
                title=f"quick tests: mean difference to {name}")

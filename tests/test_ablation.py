@@ -76,7 +76,7 @@ def cells_of(table):
     ("## What is found", RESULTS), ("## Images that nobody here drew", TONES)])
 def test_the_report_has_the_figures_of_its_comparisons(heading, results):
     """The first table below a heading has columns of what --compare prints of the committed
-    results, and the second, if there is one, is that of the categories."""
+    results. The others, if there are any, are those of the fit and of the categories."""
     text = (ROOT / "docs" / "ablation.md").read_text().partition(f"{heading}\n")[2]
     first, *others = re.findall(r"(?:^\|.*\n)+", text.partition("\n## ")[0], re.MULTILINE)
     arms = ablation.read_arms(results)
@@ -85,9 +85,9 @@ def test_the_report_has_the_figures_of_its_comparisons(heading, results):
     columns, *said = cells_of(first)
     by_arm = {row[0]: [row[heading.index(name)] for name in columns] for row in printed}
     assert len(said) == len(by_arm) and all(row == by_arm[row[0]] for row in said)
-    if others:
-        assert sorted(cells_of(others[0])) == sorted(cells_of(
-            ablation.categories_markdown(arms, "group")))
+    for table, function in zip(others, [ablation.fit_markdown, ablation.categories_markdown]):
+        whole = "\n".join(re.findall(r"^\|.*", function(arms, "group"), re.MULTILINE))
+        assert sorted(cells_of(table)) == sorted(cells_of(whole))
 
 
 def test_the_earlier_report_has_every_figure_of_its_comparison():
@@ -839,6 +839,35 @@ def test_categories_and_curves_are_differences_too():
     assert set(rows[2][1:]) == {"40.0"} and set(rows[3][1:]) == {"+10.0"}
     assert ablation.curve_line(better, plain, ablation.judge_of_all(arms)) == (
         "mean of the quick tests, heldout s_g: 70.0 (+5.0 [+5.0, +5.0])")
+
+
+def test_a_seed_that_is_hard_for_all_is_no_merit_of_an_arm():
+    """The story: `pair` led by 14 points on seed 1, where `group` had a bad run, and so did every
+    other arm. Here `late` has run on the easy seeds alone: the fit finds that it is no better, and
+    that `better` is by 5 points, as these runs have no noise. Where the baseline's run of one seed
+    has noise, a third of it is found to be that, by two arms that ran on the same two seeds."""
+    scores = np.full((12, 4), 0.5)
+
+    def of(gain, seeds):
+        return {s: result(s, scores + gain + 0.1 * s) for s in seeds}
+
+    arms = {"plain": of(0, (0, 1, 2)), "late": of(0, (2, 3)), "better": of(0.05, (0, 1, 3))}
+    effects, std = ablation.fit(arms, "plain")
+    assert effects["late"][0] == pytest.approx(0) and effects["better"][0] == pytest.approx(5)
+    assert std == pytest.approx(0, abs=1e-9)
+    assert "| better | +5.0 | 0.0 |" in ablation.fit_markdown(arms, "plain")
+
+    arms = {name: of(0, (0, 1)) for name in ("plain", "a", "b", "c")}
+    arms["a"] = of(0, (1,))             # it ran where the baseline was lucky
+    arms["plain"][1] = result(1, scores + 0.1 + 0.1)
+    difference = ablation.compare(arms["a"], arms["plain"])[0]["heldout s_g"][2]
+    effects, std = ablation.fit(arms, "plain")
+    effect, error = effects["a"]
+    assert 100 * difference == pytest.approx(-10) and effect == pytest.approx(-20 / 3)
+    assert error > 0 and std > 0
+
+    alone = {"plain": of(0, (0,)), "a": of(0.1, (0,))}
+    assert math.isnan(ablation.fit(alone, "plain")[1])      # no run is left to tell noise from
 
 
 def test_without_a_judge_that_all_have_the_training_judge_is_compared():
