@@ -68,7 +68,7 @@ def margin_reward(own, twin):
 REWARDS = {"own": own_reward, "margin": margin_reward}
 
 
-def group_advantages(rewards, pool, counted=None, floor=STD_FLOOR):
+def group_advantages(rewards, pool, floor=STD_FLOOR):
     """A = (R - mean) / (std + floor). rewards (P, 2, G) -> advantages (P, 2, G).
 
     pool "group": mean and std over a prompt's own G samples (vanilla GRPO). "pair": over the 2G of
@@ -76,15 +76,13 @@ def group_advantages(rewards, pool, counted=None, floor=STD_FLOOR):
     no effect in expectation. The own reward is in the mean: that shrinks A by (n-1)/n, n in a pool.
 
     A reward that is NaN, of an image for which the judge had no answer, does not count and has the
-    advantage 0. counted (P, 2, G) bool: whose rewards make mean and std; None is everybody's."""
-    known = rewards.isfinite()
+    advantage 0."""
+    known, dims = rewards.isfinite(), POOLS[pool]
+    n = known.sum(dims, keepdim=True).clamp(min=1)
     rewards = torch.where(known, rewards, 0.0)
-    share = (known if counted is None else known & counted).to(rewards.dtype)
-    dims = POOLS[pool]
-    n = share.sum(dims, keepdim=True).clamp(min=1)
-    deviation = rewards - (share * rewards).sum(dims, keepdim=True) / n
-    variance = (share * deviation.square()).sum(dims, keepdim=True) / n
-    return torch.where(known, deviation / (variance.sqrt() + floor), 0.0)
+    deviation = torch.where(known, rewards - rewards.sum(dims, keepdim=True) / n, 0.0)
+    variance = deviation.square().sum(dims, keepdim=True) / n
+    return deviation / (variance.sqrt() + floor)
 
 
 def difference_weights(divergence, strength, cap=WEIGHT_CAP):
