@@ -629,6 +629,10 @@ def judge_of_all(arms):
     return "heldout" if all("heldout" in result["ppo"] for result in results) else "train"
 
 
+def s_g_at_end(result, judge):
+    return 100 * result["ppo"][judge]["average"]["s_g"]
+
+
 def curve_line(arm, baseline, judge):
     """How fast an arm learns: the mean of the quick tests after the first, and its difference to
     the baseline's. They are at the (w, tau) of training, and on validation pairs: a mean of several
@@ -658,7 +662,7 @@ def fit(arms, name):
     for arm, runs in arms.items():
         for seed, result in runs.items():
             design.append([arm == other for other in others] + [seed == s for s in seeds])
-            values.append(100 * result["ppo"][judge]["average"]["s_g"])
+            values.append(s_g_at_end(result, judge))
     design, values = np.array(design, float), np.array(values)
     effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
     spare = len(values) - rank          # degrees of freedom
@@ -745,8 +749,7 @@ def draw_comparison(arms, name, path):
         steps = [test["step"] for test in pairs[0][0]["curve"][:tests]]
         curves.plot(steps, np.mean(gains, 0), color=color, label=arm)
 
-        gains = np.array([100 * (a["ppo"][judge]["average"]["s_g"]
-                                 - b["ppo"][judge]["average"]["s_g"]) for a, b in pairs])   # (S,)
+        gains = np.array([s_g_at_end(a, judge) - s_g_at_end(b, judge) for a, b in pairs])   # (S,)
         mean, low, high = interval(gains)
         ends.plot(gains, [row] * len(seeds), "o", color=color, alpha=0.5)
         ends.plot([mean], [row], "|", color="black", markersize=14)
